@@ -1,0 +1,1 @@
+"""The bottom layer: what a trace, a model's MoE and a prompt are, and where they come from."""

@@ -1,0 +1,1 @@
+"""Forecasts: everything that says how much each expert will be used soon."""

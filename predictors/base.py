@@ -1,0 +1,202 @@
+"""What a predictor is: one thin interface for everything that forecasts experts.
+
+A predictor speaks at up to three moments, and keeps its per-request past in a `State` that the
+caller owns (so that requests never share a past, and a batch is a list of states):
+
+- **request** (`on_request`): the prompt is known, nothing has been routed yet.
+- **token** (`on_token`): one token has passed all layers; its whole expert map is known, and so is
+  the id of the token that will be fed next. Nothing of that next token's routing is.
+- **layer** (`on_layer`): layer l has just routed this very token; says who is next at l+1..l+H.
+
+Forecasts are float32 torch tensors on the CPU unless a predictor says otherwise:
+
+- `Forecast.next_LE`: probability that the next token uses each expert. Calibrated: a 0.3 comes
+  true 30 % of the time. Rows sum to about K.
+- `Forecast.forecast_LE`: the discounted future use, sum over n >= 1 of gamma^(n-1) * P(used by the
+  n-th next token). `next_LE` is its first term. Prefetch, eviction, admission and budgets spend it.
+
+A predictor is fitted once (`fit`), then only read. It is saved as plain tensors, plain values and
+at most one FAISS index (`predictors.artifact`); nothing is pickled.
+
+Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · D hidden ·
+S embedding · H layers ahead.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data.schema import MoESpec, Trace, TraceSet
+
+Moment = Literal["request", "token", "layer"]
+
+
+class Forecast(NamedTuple):
+    """How much each expert will be used soon; both float32 [L, E] (module docstring)."""
+
+    next_LE: Tensor
+    forecast_LE: Tensor
+
+    @classmethod
+    def stationary(cls, next_LE: Tensor, *, gamma: float) -> "Forecast":
+        """The forecast of someone who expects every coming token to look like the next one."""
+        return cls(next_LE, next_LE / (1.0 - gamma))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What is known of a request before its first token is routed.
+
+    Args:
+        prompt: The prompt's text, or None if only ids are known.
+        token_ids_P: int32 prompt ids, or None.
+        prompt_embedding_S: float32 embedding by the predictor's own embedder, if the caller has it
+            already (a trace store may); else the predictor embeds `prompt` itself.
+        truth: The request's whole trace. Only the oracle may look, and only offline.
+    """
+
+    prompt: str | None = None
+    token_ids_P: npt.NDArray[np.int32] | None = None
+    prompt_embedding_S: npt.NDArray[np.float32] | None = None
+    truth: Trace | None = None
+
+    @classmethod
+    def of(cls, trace: Trace, *, with_truth: bool = False) -> "Request":
+        """The request behind a recorded trace; the future is left out unless asked for."""
+        ids_P = trace.token_ids_P
+        return cls(
+            prompt=trace.prompt,
+            token_ids_P=None if ids_P is None else ids_P[: trace.num_prompt_tokens],
+            prompt_embedding_S=trace.prompt_embedding_S,
+            truth=trace if with_truth else None,
+        )
+
+
+@dataclass(slots=True)
+class State:
+    """One request's past, owned by the caller; predictors with a longer memory subclass it.
+
+    Attributes:
+        forecast: The latest forecast, or None if the predictor has nothing to say yet.
+        num_tokens: Tokens seen by `on_token` so far.
+    """
+
+    forecast: Forecast | None = None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class FitReport:
+    """What fitting cost and found; becomes part of the artifact's manifest."""
+
+    num_requests: int
+    num_tokens: int
+    fit_s: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+class Predictor(ABC):
+    """Base of all predictors. Subclasses are keyword-only constructed from plain values.
+
+    Attributes:
+        kind: The predictor's name: file name, YAML name and the artifact's `kind`.
+        moments: When it speaks.
+        gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
+        spec: The MoE it was fitted for; None before `fit` or `load_state`.
+    """
+
+    kind: ClassVar[str]
+    moments: ClassVar[frozenset[Moment]]
+
+    def __init__(self, *, gamma: float = 0.95) -> None:
+        if not 0.0 <= gamma < 1.0:
+            raise ValueError(f"gamma={gamma}: must be in [0, 1)")
+        self.gamma = gamma
+        self.spec: MoESpec | None = None
+
+    @abstractmethod
+    def fit(self, traces: TraceSet) -> FitReport:
+        """Learn from the traces whose split is "fit" (and calibrate on "val", if at all).
+
+        Never reads a trace whose split is "test".
+        """
+
+    def new_state(self) -> State:
+        """An empty past for one request."""
+        return State()
+
+    def on_request(self, state: State, request: Request) -> Forecast | None:
+        """Forecast from the prompt alone; None where this predictor has nothing to say yet."""
+        return state.forecast
+
+    def on_token(
+        self,
+        state: State,
+        expert_map_LE: Tensor,
+        *,
+        token_id: int | None = None,
+        next_token_id: int | None = None,
+    ) -> Forecast | None:
+        """Forecast after a token has passed all layers.
+
+        Args:
+            state: The request's past; updated in place.
+            expert_map_LE: float32 [L, E], the finished token's router probabilities.
+            token_id: The finished token's id, where known.
+            next_token_id: The id that will be fed next, where known: sampling is over by now.
+        """
+        state.num_tokens += 1
+        return state.forecast
+
+    def on_layer(
+        self, state: State, layer: int, router_input_TD: Tensor, router_probs_TE: Tensor
+    ) -> Tensor | None:
+        """Use by these very tokens at layers l+1..l+H: float32 [T, H, E], or None."""
+        return None
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as plain JSON values."""
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Everything learned, as named tensors (empty where nothing is)."""
+
+    @abstractmethod
+    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`, on a predictor constructed with `config`."""
+
+    def _fitted_spec(self) -> MoESpec:
+        if self.spec is None:
+            raise ValueError(f"predictor {self.kind!r} is not fitted: call fit or load an artifact")
+        return self.spec
+
+
+def walk(
+    predictor: Predictor, trace: Trace, *, with_truth: bool = False
+) -> Sequence[Forecast | None]:
+    """Every forecast that ``predictor`` makes while ``trace`` is replayed, strictly causally.
+
+    Element t is what was known just before row t was routed: element 0 from the prompt alone,
+    element t from rows 0..t-1. The result has T elements.
+    """
+    spec = predictor._fitted_spec()
+    state = predictor.new_state()
+    forecasts = [predictor.on_request(state, Request.of(trace, with_truth=with_truth))]
+    ids_P, first = trace.token_ids_P, trace.first_routed_position
+    for t in range(trace.num_tokens - 1):
+        forecasts.append(
+            predictor.on_token(
+                state,
+                torch.from_numpy(trace.expert_map_LE(t, spec.num_experts)),
+                token_id=None if ids_P is None else int(ids_P[first + t]),
+                next_token_id=None if ids_P is None else int(ids_P[first + t + 1]),
+            )
+        )
+    return forecasts

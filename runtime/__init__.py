@@ -1,0 +1,1 @@
+"""Spending the forecasts: caching, moving and computing experts, and simulating all three."""
