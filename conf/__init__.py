@@ -1,0 +1,1 @@
+"""The user interface: one YAML per choice, composed by Hydra. Only entry points import it."""

@@ -1,0 +1,1 @@
+"""What only training needs: tracking, reports, and everything that imports lightning or wandb."""
