@@ -69,8 +69,7 @@ def parse_cli(schema: type[T], argv: Sequence[str]) -> T:
         config = OmegaConf.merge(OmegaConf.structured(schema), values)
         return typing.cast(T, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
-        key = error.full_key or "arguments"
-        _fail(schema, f"{key}={values.get(key)}: {str(error).splitlines()[0]}")
+        _fail(schema, f"{error.full_key}: {str(error).splitlines()[0]}")
     except ValueError as error:  # the schema's own __post_init__
         _fail(schema, str(error))
 
@@ -85,8 +84,8 @@ def _parse(key: str, text: str, annotation: Any) -> Any:
         return text  # not YAML: run=007 is no octal number, and a path may hold a colon
     try:
         value = OmegaConf.from_dotlist([f"{key}={text}"])[key]
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise ValueError(f"{key}={text}: not readable as YAML: {error}") from None
+    except (OmegaConfBaseException, yaml.YAMLError):
+        raise ValueError(f"{key}={text}: cannot be read; lists are written [a,b]") from None
     return [value] if is_list and not OmegaConf.is_list(value) else value
 
 

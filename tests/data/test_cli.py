@@ -51,9 +51,9 @@ def test_an_optional_value_may_be_null(text: str, expected: int | None) -> None:
     [
         (["trace=x", "slts=8"], "unknown key 'slts'"),
         (["slots=[8]"], "missing: trace=..."),
-        (["trace=x", "slots=banana"], "banana"),
+        (["trace=x", "slots=banana"], "slots[0]: Value 'banana'"),
         (["trace=x", "slots=[8"], "slots=[8"),
-        (["trace=x", "margin=wide"], "margin=wide"),
+        (["trace=x", "margin=wide"], "margin: Value 'wide'"),
         (["trace=x", "verbose"], "key=value"),
         (["trace=x", "--out=y"], "--out"),
         (["trace=x", "trace=y"], "trace is given twice"),
