@@ -4,6 +4,7 @@ One file a format, each with ``recognises(peek)`` and ``read_x(path) -> TraceLis
 is the one entry, and takes our own trace stores too.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def load_traces(where: str | Path) -> TraceSet:
         DamagedFileError, MalformedInputError: The file cannot be read.
     """
     if where in TRACES:
-        return _concatenate([_read_file(file) for file in trace_files(str(where))])
+        name = str(where)
+        return _concatenate(name, [_read_file(file) for file in trace_files(name)])
     path = Path(where)
     if path.is_dir():
         if not (path / "manifest.json").exists():
@@ -64,18 +66,16 @@ def _read_file(path: Path) -> TraceList:
     )
 
 
-def _concatenate(parts: Sequence[TraceList]) -> TraceList:
-    """Several files of one model as one set; each keeps the split that it has alone."""
-    if len(parts) == 1:
-        return parts[0]
+def _concatenate(name: str, parts: Sequence[TraceList]) -> TraceList:
+    """The files behind one name as one set; each keeps the split that it has alone."""
     first = parts[0]
     for part in parts[1:]:
         if (mismatch := first.spec.mismatch(part.spec)) or part.probs_kind != first.probs_kind:
             raise ValueError(f"{first.path} and {part.path} do not go together: {mismatch}")
-    return TraceList(
-        spec=first.spec,
-        traces=[trace for part in parts for trace in part.traces],
-        split={name: split for part in parts for name, split in part.split.items()},
-        digest=digest_json([part.digest for part in parts]),
-        probs_kind=first.probs_kind,
+    return dataclasses.replace(
+        first,
+        traces=[dataclasses.replace(trace, source=name) for part in parts for trace in part.traces],
+        split={request_id: split for part in parts for request_id, split in part.split.items()},
+        digest=first.digest if len(parts) == 1 else digest_json([part.digest for part in parts]),
+        path=first.path if len(parts) == 1 else None,
     )

@@ -126,20 +126,23 @@ def _read_header(path: Path, lines: list[str]) -> tuple[MoESpec, list[str]]:
 def _read_rows(
     path: Path, lines: list[str], start: int, *, num_columns: int
 ) -> npt.NDArray[np.float64]:
+    rows = {number: line for number, line in enumerate(lines[start:], start + 1) if line.strip()}
+    if not rows:
+        raise DamagedFileError(path, "it has no rows")
     try:
-        table = np.loadtxt(lines[start:], delimiter=",", ndmin=2)
+        table = np.loadtxt(list(rows.values()), delimiter=",", ndmin=2)
     except ValueError:
         table = np.empty((0, 0))
-    if table.shape[1] == num_columns and len(table):
+    if table.shape[1] == num_columns:
         return table
-    for number, line in enumerate(lines[start:], start=start + 1):  # the slow way, to say where
+    for number, line in rows.items():  # the slow way, to say where
         try:
             values = [float(value) for value in line.split(",")]
         except ValueError as error:
             raise MalformedInputError(path, number, str(error)) from None
         if len(values) != num_columns:
             raise MalformedInputError(path, number, f"{len(values)} values for {num_columns} names")
-    raise DamagedFileError(path, "it has no rows")
+    raise DamagedFileError(path, "its rows are no table of numbers")
 
 
 def _read_turn(

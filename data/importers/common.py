@@ -4,6 +4,7 @@ Knows no format.
 """
 
 import gzip
+import io
 import logging
 import zipfile
 import zlib
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Any, BinaryIO, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ from data.errors import DamagedFileError
 from data.schema import MoESpec
 
 logger = logging.getLogger(__name__)
+
+_MAX_FIRST_LINE_BYTES = 1 << 24  # a line of JSON may be long, but a strange file has no lines
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,31 +53,37 @@ def peek(path: Path) -> Peek:
         return Peek(kind="npz", arrays=names)
     if magic == b"\x93NUMPY":
         return Peek(kind="npy")
-    with open_text(path) as lines:
+    with _open_binary(path) as file:
         try:
-            return Peek(kind="text", first_line=lines.readline())
-        except UnicodeDecodeError:
-            return Peek(kind="other")
+            line = file.readline(_MAX_FIRST_LINE_BYTES)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DamagedFileError(path, str(error)) from error
+    try:
+        return Peek(kind="text", first_line=line.decode())
+    except UnicodeDecodeError:
+        return Peek(kind="other")
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[IO[str]]:
-    """Open UTF-8 text, gzipped or not (told by its content); a cut-off file is named as damaged."""
+    """Open UTF-8 text, gzipped or not (told by its content); a file that breaks off is damaged."""
+    with _open_binary(path) as file, io.TextIOWrapper(file, encoding="utf-8") as lines:
+        try:
+            yield lines
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
+            raise DamagedFileError(path, str(error)) from error
+
+
+def _open_binary(path: Path) -> BinaryIO:
     with path.open("rb") as file:
         gzipped = file.read(2) == b"\x1f\x8b"
-    with (
-        gzip.open(path, "rt", encoding="utf-8") if gzipped else path.open(encoding="utf-8") as file
-    ):
-        try:
-            yield file
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DamagedFileError(path, str(error)) from error
+    return cast(BinaryIO, gzip.open(path)) if gzipped else path.open("rb")
 
 
 def load_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     """All arrays of an npz file; DamagedFileError if one cannot be read. Nothing is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
         raise DamagedFileError(path, str(error)) from error

@@ -13,7 +13,7 @@ rows are taken for a prompt's, as of a teacher-forced forward pass.
 import json
 import logging
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -32,16 +32,12 @@ def recognises(content: Peek) -> bool:
     return content.arrays >= {"experts", "seq_offsets"}
 
 
-def read_per_token_npz(path: Path, *, source: str | None = None) -> TraceList:
-    """Read one npz and the files beside it.
+def read_per_token_npz(path: Path) -> TraceList:
+    """Read one npz and the files beside it; experts stand in the order of the file.
 
     ``token_ids_P`` are indices into ``X.vocab.json``, not the model's ids: equal tokens have equal
     ids within the file, and that is all. ``prompt`` is the rendered prompt, chat template included,
     joined from the token strings; a character that the tokenizer cut in two shows as U+FFFD.
-
-    Args:
-        path: The npz.
-        source: `Trace.source`; by default the file's name.
 
     Raises:
         DamagedFileError: An array is unreadable, or they contradict each other.
@@ -59,54 +55,35 @@ def read_per_token_npz(path: Path, *, source: str | None = None) -> TraceList:
         logger.warning("%s does not say num_experts: taking the highest id + 1", path)
     num_experts = int(info.get("num_experts", arrays["experts"].max() + 1))
     ids_NLK = compact_ids(arrays["experts"], num_experts, path)
+    probs_NLK = arrays.get("probs")
+    if probs_NLK is not None and probs_NLK.shape != ids_NLK.shape:
+        raise DamagedFileError(path, "probs and experts disagree in shape")
     offsets = _check_offsets(arrays, "seq_offsets", ids_NLK.shape[0], path)
-    for name in ("probs", "tokens"):
-        if name in arrays and arrays[name].shape[0] != ids_NLK.shape[0]:
-            raise DamagedFileError(path, f"{name} and experts disagree in length")
     num_requests = len(offsets) - 1
     rows = _read_rows(seqs_path) if seqs_path.exists() else [{}] * num_requests
     if len(rows) != num_requests:
         raise DamagedFileError(seqs_path, f"{len(rows)} lines for {num_requests} sequences")
-
-    has_prompts = {"tokens", "prompt_tokens", "prompt_offsets"} <= set(arrays)
-    if has_prompts:
-        vocab = _read_json(vocab_path)
-        for name in ("tokens", "prompt_tokens"):
-            if not 0 <= arrays[name].min(initial=0) <= arrays[name].max(initial=0) < len(vocab):
-                raise DamagedFileError(path, f"{name} point outside {vocab_path.name}")
-        prompt_offsets = _check_offsets(
-            arrays, "prompt_offsets", len(arrays["prompt_tokens"]), path
-        )
-        if len(prompt_offsets) != len(offsets):
-            raise DamagedFileError(path, "prompt_offsets and seq_offsets disagree in length")
+    prompts = _read_prompts(arrays, offsets, path, vocab_path)
 
     traces = []
     for b, row in enumerate(rows):
         tokens = slice(offsets[b], offsets[b + 1])
-        num_prompt_tokens, first_routed_position = int(offsets[b + 1] - offsets[b]), 0
-        token_ids_P = prompt = None
-        if has_prompts:
-            ids = arrays["prompt_tokens"][prompt_offsets[b] : prompt_offsets[b + 1]]
-            prompt = "".join(vocab[i] for i in ids)
-            token_ids_P = np.concatenate([ids, arrays["tokens"][tokens]]).astype(np.int32)
-            num_prompt_tokens = first_routed_position = len(ids)
-            if row.get("first_position", len(ids)) != len(ids):
-                raise DamagedFileError(
-                    seqs_path,
-                    f"line {b + 1}: first_position {row['first_position']} "
-                    f"after a prompt of {len(ids)} tokens",
-                )
+        prompt = prompts[b] if prompts else None
+        num_prompt_tokens = prompt.num_tokens if prompt else int(offsets[b + 1] - offsets[b])
+        if prompt and row.get("first_position", num_prompt_tokens) != num_prompt_tokens:
+            why = f"first_position {row['first_position']}, prompt of {num_prompt_tokens} tokens"
+            raise DamagedFileError(seqs_path, f"line {b + 1}: {why}")
         traces.append(
             Trace(
                 request_id=str(row.get("id", b)),
-                source=source or stem,
+                source=stem,
                 topic=str(row.get("category", "")),
                 topk_expert_ids_TLK=ids_NLK[tokens],
                 num_prompt_tokens=num_prompt_tokens,
-                first_routed_position=first_routed_position,
-                topk_probs_TLK=arrays["probs"][tokens] if "probs" in arrays else None,
-                token_ids_P=token_ids_P,
-                prompt=prompt,
+                first_routed_position=num_prompt_tokens if prompt else 0,
+                topk_probs_TLK=None if probs_NLK is None else probs_NLK[tokens],
+                token_ids_P=prompt.token_ids_P if prompt else None,
+                prompt=prompt.text if prompt else None,
             )
         )
     topics_of = {trace.request_id: trace.topic for trace in traces}
@@ -123,9 +100,43 @@ def read_per_token_npz(path: Path, *, source: str | None = None) -> TraceList:
         traces=traces,
         split=split_by_topic(topics_of),
         digest=digest_json([sha256_file(file) for file in files]),
-        probs_kind=_probs_kind(arrays.get("probs")),
+        probs_kind=_probs_kind(probs_NLK),
         path=path,
     )
+
+
+class _RecordedPrompt(NamedTuple):
+    num_tokens: int
+    text: str
+    token_ids_P: npt.NDArray[np.int32]  # prompt, then the routed tokens
+
+
+def _read_prompts(
+    arrays: dict[str, npt.NDArray[Any]],
+    offsets: npt.NDArray[np.int64],
+    path: Path,
+    vocab_path: Path,
+) -> list[_RecordedPrompt]:
+    """The prompt of each request; empty if the file records none."""
+    if not {"tokens", "prompt_tokens", "prompt_offsets"} <= set(arrays):
+        return []
+    tokens, prompt_tokens = arrays["tokens"], arrays["prompt_tokens"]
+    if tokens.shape != (offsets[-1],):
+        raise DamagedFileError(path, "tokens and experts disagree in length")
+    vocab = _read_json(vocab_path)
+    for name, ids in (("tokens", tokens), ("prompt_tokens", prompt_tokens)):
+        if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < len(vocab):
+            raise DamagedFileError(path, f"{name} point outside {vocab_path.name}")
+    prompt_offsets = _check_offsets(arrays, "prompt_offsets", len(prompt_tokens), path)
+    if len(prompt_offsets) != len(offsets):
+        raise DamagedFileError(path, "prompt_offsets and seq_offsets disagree in length")
+    prompts = []
+    for b in range(len(offsets) - 1):
+        ids = prompt_tokens[prompt_offsets[b] : prompt_offsets[b + 1]]
+        generated = tokens[offsets[b] : offsets[b + 1]]
+        token_ids_P = np.concatenate([ids, generated]).astype(np.int32)
+        prompts.append(_RecordedPrompt(len(ids), "".join(vocab[i] for i in ids), token_ids_P))
+    return prompts
 
 
 def _probs_kind(

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from data.errors import DamagedFileError
 from data.files import sha256_file
 from data.importers.common import Peek, compact_ids, load_arrays, peek
-from data.schema import MoESpec, Trace, TraceList
+from data.schema import SPLITS, MoESpec, Trace, TraceList
 from data.splits import split_by_topic
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,16 @@ def read_vllm(path: Path, *, num_experts: int | None = None) -> TraceList:
             _read_trace(path, spec, name, ids_of[name], layers, row) for name, row in rows.items()
         ]
         split = {name: row["split"] for name, row in rows.items() if "split" in row}
+        if not set(split.values()) <= set(SPLITS):
+            raise ValueError(f"splits {sorted(set(split.values()))}: must be of {SPLITS}")
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(path, f"{type(error).__name__}: {error}") from error
+    if len(split) < len(traces):
+        split = split_by_topic({trace.request_id: trace.topic for trace in traces})
     return TraceList(
         spec=spec,
         traces=traces,
-        split=split or split_by_topic({trace.request_id: trace.topic for trace in traces}),
+        split=split,
         digest=sha256_file(path),
         path=path,
     )

@@ -88,7 +88,7 @@ class Hub(PromptSource):
 
     def _fetch(self) -> Path:
         """The dataset's folder: the user's own, or a snapshot in the hub's cache."""
-        if self._revision is None:
+        if Path(self._dataset).is_dir():
             return Path(self._dataset)
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
