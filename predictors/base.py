@@ -25,6 +25,7 @@ S embedding · H layers ahead.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ import torch
 from torch import Tensor
 
 from data.schema import MoESpec, Trace, TraceSet
+from predictors.embedders.base import Embedder
 
 Moment = Literal["request", "token", "layer"]
 
@@ -107,12 +109,16 @@ class Predictor(ABC):
     Attributes:
         kind: The predictor's name: file name, YAML name and the artifact's `kind`.
         moments: When it speaks.
+        needs_truth: It reads `Request.truth`: it judges recorded traces and cannot be exported.
+        embedder: What turns prompts into vectors, or None where it reads no text.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
         spec: The MoE it was fitted for; None before `fit` or `load_state`.
     """
 
     kind: ClassVar[str]
     moments: ClassVar[frozenset[Moment]]
+    needs_truth: ClassVar[bool] = False
+    embedder: Embedder | None = None
 
     def __init__(self, *, gamma: float = 0.95) -> None:
         if not 0.0 <= gamma < 1.0:
@@ -162,7 +168,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values."""
+        """The constructor's arguments as plain JSON values, without the embedder."""
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:
@@ -171,6 +177,17 @@ class Predictor(ABC):
     @abstractmethod
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `tensors`, on a predictor constructed with `config`."""
+
+    def save_index(self, path: Path) -> None:  # noqa: B027 (most have none)
+        """Write the FAISS index to ``path``; a predictor without one writes nothing."""
+
+    def load_index(self, path: Path) -> None:
+        """Inverse of `save_index`, called after `load_state` where a file was written.
+
+        Raises:
+            DamagedFileError: ``path`` is not the index that belongs to the loaded tensors.
+        """
+        raise ValueError(f"predictor {self.kind!r} has no index, but the artifact holds {path}")
 
     def _fitted_spec(self) -> MoESpec:
         if self.spec is None:

@@ -1,0 +1,241 @@
+"""A fitted predictor as a folder: what `serve.py` loads, and what may come from a stranger.
+
+    artifact/
+      manifest.json          written last: what this is, for which model, from what, checksums
+      state.safetensors      every learned tensor, calibration included
+      index.faiss            only where the predictor searches
+
+No pickle. `kind` is looked up in `predictors.registry`; no import path is read from a file.
+"""
+
+import json
+import logging
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import faiss
+import pydantic
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+
+from data.errors import DamagedFileError, SpecMismatchError
+from data.files import atomic_dir, sha256_file, write_json
+from data.schema import MoESpec
+from predictors.base import FitReport, Predictor
+from predictors.embedders.base import Embedder
+from predictors.registry import embedder_class, predictor_class
+
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION: Final = 1
+MANIFEST, STATE, INDEX = "manifest.json", "state.safetensors", "index.faiss"
+
+
+class _Strict(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
+
+
+class EmbedderEntry(_Strict):
+    """Which embedder the predictor's vectors come from."""
+
+    kind: str
+    config: dict[str, Any]
+    fingerprint: str
+
+
+class SpecEntry(_Strict):
+    """`MoESpec`, field by field."""
+
+    model_id: str
+    num_experts: int
+    top_k: int
+    decoder_layers: tuple[int, ...]
+    expert_bytes_per_layer: tuple[int, ...] | None
+    hidden_size: int | None
+    expert_intermediate_size: int | None
+    fingerprint: str
+
+    def spec(self) -> MoESpec:
+        """The same as the project's own class."""
+        return MoESpec.from_json(self.model_dump())
+
+
+class Manifest(_Strict):
+    """Everything about an artifact but its tensors.
+
+    Attributes:
+        schema_version: Of this layout.
+        kind: Key of `predictors.registry.PREDICTORS`.
+        config: Constructor arguments, without the embedder.
+        embedder: Or None, if the predictor reads no text.
+        spec: The MoE that the predictor was fitted for.
+        parents: Digest of each input: traces, configuration.
+        files: SHA-256 of every other file in the folder.
+        fit_report: `FitReport` as plain values.
+        metrics: What was measured before export.
+        created_by: Versions of what wrote it; informative.
+    """
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    kind: str
+    config: dict[str, Any]
+    embedder: EmbedderEntry | None
+    spec: SpecEntry
+    parents: dict[str, str]
+    files: dict[str, str]
+    fit_report: dict[str, Any] | None
+    metrics: dict[str, Any]
+    created_by: dict[str, str]
+
+
+def save_artifact(
+    predictor: Predictor,
+    path: Path,
+    *,
+    spec: MoESpec,
+    parents: Mapping[str, str],
+    fit_report: FitReport | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a fitted predictor to the folder ``path``, atomically, replacing what is there.
+
+    Args:
+        predictor: A fitted one.
+        path: The artifact's folder.
+        spec: The MoE it is for; may know more (fingerprint, sizes) than the traces did.
+        parents: Digest of each input by name.
+        fit_report: What fitting found.
+        metrics: Plain values.
+
+    Raises:
+        ValueError: The predictor reads the future (oracle), or is not fitted.
+        SpecMismatchError: It was fitted for another model.
+    """
+    if predictor.needs_truth:
+        raise ValueError(
+            f"predictor {predictor.kind!r} reads the recorded future: it judges traces and cannot "
+            "be exported"
+        )
+    if difference := predictor._fitted_spec().mismatch(spec):
+        raise SpecMismatchError(f"predictor {predictor.kind!r} is for another model: {difference}")
+    embedder = predictor.embedder
+    with atomic_dir(path) as folder:
+        state = {name: tensor.contiguous() for name, tensor in predictor.tensors().items()}
+        save_file(state, folder / STATE)
+        predictor.save_index(folder / INDEX)
+        manifest = Manifest(
+            kind=predictor.kind,
+            config=predictor.config(),
+            embedder=None
+            if embedder is None
+            else EmbedderEntry(
+                kind=embedder.kind, config=embedder.config(), fingerprint=embedder.fingerprint
+            ),
+            spec=SpecEntry(**spec.to_json()),
+            parents=dict(parents),
+            files={file.name: sha256_file(file) for file in sorted(folder.iterdir())},
+            fit_report=None if fit_report is None else asdict(fit_report),
+            metrics=dict(metrics or {}),
+            created_by={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "safetensors": safetensors.__version__,
+                "faiss": faiss.__version__,
+            },
+        )
+        write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+    logger.info("exported predictor %s to %s", predictor.kind, path)
+    return path
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of the artifact in folder ``path``, checked, without its files.
+
+    Raises:
+        FileNotFoundError: ``path`` is no artifact.
+        DamagedFileError: The manifest is not what `save_artifact` writes, or of another version.
+    """
+    file = path / MANIFEST
+    if not file.is_file():
+        raise FileNotFoundError(f"{path} is no artifact: it has no {MANIFEST}")
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DamagedFileError(file, f"not JSON ({error})") from error
+    version = values.get("schema_version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        raise DamagedFileError(
+            file, f"schema_version is {version!r}; this moecast reads {SCHEMA_VERSION}"
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+        manifest.spec.spec()
+    except ValueError as error:  # pydantic's is one
+        raise DamagedFileError(file, f"not a manifest: {error}") from error
+    if STATE not in manifest.files:
+        raise DamagedFileError(file, f"has no checksum of {STATE}")
+    return manifest
+
+
+def load_artifact(path: Path, *, expect: MoESpec | None = None) -> Predictor:
+    """Read a predictor that makes the same forecasts as the one that was saved.
+
+    Args:
+        path: The artifact's folder.
+        expect: The MoE of the model that will be served, if there is one.
+
+    Raises:
+        FileNotFoundError: ``path`` is no artifact.
+        SpecMismatchError: It was made for another model, or with an embedder that is another one
+            here; the message has both sides.
+        DamagedFileError: A file is missing or altered; the error names it.
+        ValueError: Unknown predictor or embedder.
+    """
+    manifest = read_manifest(path)
+    spec = manifest.spec.spec()
+    if expect is not None and (difference := spec.mismatch(expect)):
+        raise SpecMismatchError(
+            f"artifact {path} was made for another model than the one to be served: {difference}"
+        )
+    for name, checksum in manifest.files.items():
+        file = path / name
+        if file.parent != path:
+            raise DamagedFileError(path / MANIFEST, f"names a file outside the folder: {name}")
+        if not file.is_file():
+            raise DamagedFileError(file, "missing")
+        if sha256_file(file) != checksum:
+            raise DamagedFileError(file, "its SHA-256 is not the manifest's")
+    config = dict(manifest.config)
+    if manifest.embedder is not None:
+        config["embedder"] = _same_embedder(manifest.embedder, path)
+    try:
+        predictor = predictor_class(manifest.kind)(**config)
+    except TypeError as error:
+        raise DamagedFileError(path / MANIFEST, f"config of {manifest.kind}: {error}") from error
+    try:
+        predictor.load_state(spec, load_file(path / STATE))
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise DamagedFileError(path / STATE, f"cannot be read ({error})") from error
+    if INDEX in manifest.files:
+        predictor.load_index(path / INDEX)
+    return predictor
+
+
+def artifact_digest(path: Path) -> str:
+    """Hex SHA-256 that names the artifact's whole content, through its manifest's checksums."""
+    read_manifest(path)
+    return sha256_file(path / MANIFEST)
+
+
+def _same_embedder(entry: EmbedderEntry, path: Path) -> Embedder:
+    embedder = embedder_class(entry.kind)(**entry.config)
+    if embedder.fingerprint != entry.fingerprint:
+        raise SpecMismatchError(
+            f"artifact {path} was made with embedder {entry.kind!r} {entry.config} of fingerprint "
+            f"{entry.fingerprint[:12]}; here that is {embedder.fingerprint[:12]}: other weights"
+        )
+    return embedder

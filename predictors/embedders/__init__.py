@@ -1,0 +1,1 @@
+"""Embedders: everything that turns a prompt's text into one vector."""

@@ -1,0 +1,276 @@
+"""How good forecasts are, told from recorded traces alone.
+
+- **Slot recall@k**: of the K experts that a token used in a layer, how many are among the k
+  that the forecast ranks highest. Denominator: judged tokens x K (x L where layers are averaged).
+  Never bit accuracy, which calls a predictor that says "nothing is used" 87 % right.
+- **Over-fetch curve**: slot recall@k for k = K..3K: what fetching more than K would buy.
+- **Lookahead h**: the ranking made before token t, judged against token t - 1 + h. At h = 1 the
+  ranking is `next_LE`; further ahead it is `forecast_LE`, which is what a planner would read.
+  Rows near the end of a trace have no token so far ahead, so the denominator shrinks with h.
+- **Reliability**: entries of `next_LE` grouped by what they say, against how often it came true.
+  Denominator: entries of tokens that had a forecast.
+
+Judged rows are decode rows (`routing.decode_rows`). A token before the first forecast counts as one
+whose K experts were all missed, and is counted apart. Ties rank by expert id.
+
+Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · R forecasts in
+a row, each in force for one or more tokens.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import SpecMismatchError
+from data.schema import Split, Trace, TraceSet
+from predictors.base import Forecast, Predictor, walk
+from predictors.routing import decode_rows, expert_use_TLE, traces_of
+
+LOOKAHEADS = (1, 2, 4, 8)
+_BATCH = 256  # forecasts ranked at once: bounds memory, about 6 MB at 24 x 32 experts
+
+
+@dataclass(frozen=True, slots=True)
+class Reliability:
+    """What was said against what came true, in equal bins of [0, 1].
+
+    Attributes:
+        num_entries: int64 per bin: (token, layer, expert) entries of `next_LE`.
+        said: Mean of the entries of each bin; NaN where there is none.
+        came_true: Share of them that was used; NaN where there is none.
+    """
+
+    num_entries: npt.NDArray[np.int64]
+    said: npt.NDArray[np.float64]
+    came_true: npt.NDArray[np.float64]
+
+    @property
+    def expected_calibration_error(self) -> float:
+        """Mean |said - came true| over all entries, bin by bin; NaN without entries."""
+        used = self.num_entries > 0
+        gap = np.abs(self.said[used] - self.came_true[used])
+        total = int(self.num_entries.sum())
+        return float(gap @ self.num_entries[used] / total) if total else float("nan")
+
+
+class ReliabilityCount:
+    """Adds up `Reliability`, one batch of forecasts at a time.
+
+    Args:
+        num_bins: Equal bins of [0, 1].
+    """
+
+    def __init__(self, *, num_bins: int) -> None:
+        self._num_entries = np.zeros(num_bins)
+        self._said = np.zeros(num_bins)
+        self._used = np.zeros(num_bins)
+
+    def add(
+        self,
+        next_RLE: npt.NDArray[np.float32],
+        used_RLE: npt.NDArray[np.int32],
+        tokens_R: npt.NDArray[np.int64],
+    ) -> None:
+        """Count forecasts that were in force for ``tokens_R`` tokens, used ``used_RLE`` times."""
+        num_bins = len(self._used)
+        bins = np.clip((next_RLE * num_bins).astype(np.int32), 0, num_bins - 1).ravel()
+        entries = np.broadcast_to(tokens_R[:, None, None], next_RLE.shape).ravel()
+        self._num_entries += np.bincount(bins, entries, num_bins)
+        self._said += np.bincount(bins, entries * next_RLE.ravel(), num_bins)
+        self._used += np.bincount(bins, used_RLE.ravel(), num_bins)
+
+    def result(self) -> Reliability:
+        """The bins so far."""
+        with np.errstate(invalid="ignore"):
+            said, came_true = self._said / self._num_entries, self._used / self._num_entries
+        return Reliability(self._num_entries.astype(np.int64), said, came_true)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecallReport:
+    """What `evaluate_recall` found; the module docstring has the definitions.
+
+    Attributes:
+        kind: The predictor's.
+        split: The requests that were judged.
+        num_requests: How many there are.
+        num_tokens: Judged tokens.
+        num_tokens_without_forecast: Those of them that no forecast was made for.
+        top_k: K.
+        recall: Slot recall@K, one token ahead, all layers.
+        recall_by_layer: The same for each MoE layer.
+        recall_by_lookahead: Slot recall@K for each lookahead in tokens.
+        num_tokens_by_lookahead: Judged (forecast, token) pairs for each lookahead.
+        recall_by_fetched: Slot recall@k for k = K..3K experts fetched per layer, one token ahead.
+        reliability: Of `next_LE`.
+    """
+
+    kind: str
+    split: Split
+    num_requests: int
+    num_tokens: int
+    num_tokens_without_forecast: int
+    top_k: int
+    recall: float
+    recall_by_layer: list[float]
+    recall_by_lookahead: dict[int, float]
+    num_tokens_by_lookahead: dict[int, int]
+    recall_by_fetched: dict[int, float]
+    reliability: Reliability
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a report or a manifest; empty reliability bins are left out."""
+        bins = self.reliability
+        used = bins.num_entries > 0
+        plain: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        plain["reliability"] = {
+            "expected_calibration_error": bins.expected_calibration_error if used.any() else None,
+            "num_entries": bins.num_entries[used].tolist(),
+            "said": bins.said[used].tolist(),
+            "came_true": bins.came_true[used].tolist(),
+        }
+        return plain
+
+
+def evaluate_recall(
+    predictor: Predictor,
+    traces: TraceSet,
+    *,
+    split: Split = "test",
+    max_tokens: int | None = None,
+    lookaheads: Sequence[int] = LOOKAHEADS,
+    num_bins: int = 20,
+) -> RecallReport:
+    """Replay the requests of one split, strictly causally, and judge what was forecast.
+
+    Args:
+        predictor: A fitted one; a predictor with `needs_truth` is given the truth.
+        traces: Of the model that it was fitted for.
+        split: Which requests; "test" is what no fitting has seen.
+        max_tokens: Stop after so many judged tokens, or None for all.
+        lookaheads: In tokens; must hold 1.
+        num_bins: Of the reliability report.
+
+    Raises:
+        SpecMismatchError: The traces are of another model.
+        ValueError: Nothing to judge, or an argument is out of range.
+    """
+    spec = predictor._fitted_spec()
+    if difference := spec.mismatch(traces.spec):
+        raise SpecMismatchError(f"predictor {predictor.kind!r} and traces disagree: {difference}")
+    if 1 not in lookaheads or min(lookaheads) < 1:
+        raise ValueError(f"lookaheads={list(lookaheads)}: must hold 1 and nothing below it")
+    K, shape_LE = spec.top_k, (spec.num_layers, spec.num_experts)
+    # hits_hLE[h][l, r]: how often the expert ranked r-th in layer l was used h tokens ahead.
+    hits_hLE = {h: np.zeros(shape_LE, np.int64) for h in lookaheads}
+    tokens_h = dict.fromkeys(lookaheads, 0)
+    reliability = ReliabilityCount(num_bins=num_bins)
+    num_requests = num_silent = 0
+
+    for trace in traces_of(traces, split):
+        rows = decode_rows(trace)
+        left = None if max_tokens is None else max_tokens - tokens_h[1]
+        stop = rows.stop if left is None else min(rows.stop, rows.start + left)
+        if stop <= rows.start:
+            break
+        num_requests += 1
+        uses = _UseCount(trace, spec.num_experts, stop)
+        for forecasts, first_R, last_R in _batches(predictor, trace, slice(rows.start, stop)):
+            for h in lookaheads:
+                tokens_h[h] += int(uses.num_tokens_R(first_R, last_R, h).sum())
+            if forecasts is None:
+                num_silent += int((last_R - first_R).sum())
+                continue
+            next_RLE = np.stack([forecast.next_LE.numpy() for forecast in forecasts])
+            future_RLE = np.stack([forecast.forecast_LE.numpy() for forecast in forecasts])
+            rank_next_RLE = np.argsort(-next_RLE, axis=-1, kind="stable")
+            rank_future_RLE = np.argsort(-future_RLE, axis=-1, kind="stable")
+            for h in lookaheads:
+                used_RLE = uses.used_RLE(first_R, last_R, h)
+                rank_RLE = rank_next_RLE if h == 1 else rank_future_RLE
+                hits_hLE[h] += np.take_along_axis(used_RLE, rank_RLE, axis=-1).sum(axis=0)
+                if h == 1:
+                    reliability.add(next_RLE, used_RLE, last_R - first_R)
+
+    if not tokens_h[1]:
+        raise ValueError(f"no token to judge: split {split!r}, max_tokens={max_tokens}")
+    by_layer_LE = hits_hLE[1].cumsum(axis=-1) / (tokens_h[1] * K)
+    return RecallReport(
+        kind=predictor.kind,
+        split=split,
+        num_requests=num_requests,
+        num_tokens=tokens_h[1],
+        num_tokens_without_forecast=num_silent,
+        top_k=K,
+        recall=float(by_layer_LE[:, K - 1].mean()),
+        recall_by_layer=by_layer_LE[:, K - 1].tolist(),
+        recall_by_lookahead={
+            h: float(hits_LE[:, :K].sum() / max(1, tokens_h[h] * K * spec.num_layers))
+            for h, hits_LE in hits_hLE.items()
+        },
+        num_tokens_by_lookahead=tokens_h,
+        recall_by_fetched={
+            k: float(by_layer_LE[:, k - 1].mean())
+            for k in range(K, min(3 * K, spec.num_experts) + 1)
+        },
+        reliability=reliability.result(),
+    )
+
+
+class _UseCount:
+    """How often each expert was used by the tokens that a run of rows looks ahead to."""
+
+    def __init__(self, trace: Trace, num_experts: int, stop: int) -> None:
+        use_TLE = expert_use_TLE(trace, num_experts)[:stop]
+        self._stop = stop
+        self._before_TLE = np.zeros((stop + 1, *use_TLE.shape[1:]), np.int32)
+        np.cumsum(use_TLE, axis=0, out=self._before_TLE[1:])
+
+    def num_tokens_R(
+        self, first_R: npt.NDArray[np.int64], last_R: npt.NDArray[np.int64], h: int
+    ) -> npt.NDArray[np.int64]:
+        begin_R, end_R = self._ahead(first_R, last_R, h)
+        return end_R - begin_R
+
+    def used_RLE(
+        self, first_R: npt.NDArray[np.int64], last_R: npt.NDArray[np.int64], h: int
+    ) -> npt.NDArray[np.int32]:
+        begin_R, end_R = self._ahead(first_R, last_R, h)
+        return self._before_TLE[end_R] - self._before_TLE[begin_R]
+
+    def _ahead(
+        self, first_R: npt.NDArray[np.int64], last_R: npt.NDArray[np.int64], h: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        return np.minimum(first_R + h - 1, self._stop), np.minimum(last_R + h - 1, self._stop)
+
+
+_Batch = tuple[Sequence[Forecast] | None, npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def _batches(predictor: Predictor, trace: Trace, rows: slice) -> Iterator[_Batch]:
+    """Runs of rows under one forecast object: a request-level predictor has one per request.
+
+    Yields:
+        Forecasts (or None for a run without), and the first row and the row after the last of each.
+    """
+    said = walk(predictor, trace, with_truth=predictor.needs_truth)
+    runs: list[tuple[Forecast, int, int]] = []
+    silent: list[tuple[int, int]] = []
+    start = rows.start
+    for t in range(rows.start + 1, rows.stop + 1):
+        if t == rows.stop or said[t] is not said[start]:
+            forecast = said[start]
+            if forecast is None:
+                silent.append((start, t))
+            else:
+                runs.append((forecast, start, t))
+            start = t
+    for i in range(0, len(runs), _BATCH):
+        forecasts, first, last = zip(*runs[i : i + _BATCH], strict=True)
+        yield forecasts, np.array(first), np.array(last)
+    if silent:
+        first, last = zip(*silent, strict=True)
+        yield None, np.array(first), np.array(last)
