@@ -2,8 +2,8 @@
 
     python -m data.exporters.vllm trace=PATH_OR_NAME out=FILE.npz
 
-Probabilities, embeddings and fingerprints of prompts have no place in vLLM's arrays and are left
-out; ids, tokens, topics, prompts and the split survive the way there and back.
+Probabilities and prompt embeddings have no place in vLLM's arrays and are left out; ids, tokens,
+topics, prompts and the split survive the way there and back.
 """
 
 import json

@@ -73,7 +73,11 @@ def _open(path: Path) -> BinaryIO:
             import zstandard
         except ImportError:
             raise ModuleNotFoundError(f"{path}: reading zstd needs the zstandard package") from None
-        return io.BufferedReader(zstandard.open(path))
+        with zstandard.open(path) as file:
+            try:
+                return io.BytesIO(file.read())
+            except zstandard.ZstdError as error:
+                raise DamagedFileError(path, str(error)) from error
     return path.open("rb")
 
 

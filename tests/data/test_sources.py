@@ -169,6 +169,9 @@ def test_zstd_is_read_where_its_package_is_there(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "b"}\n'))
     assert texts(path) == ["a", "b"]
+    path.write_bytes(path.read_bytes()[:4] + b"\xff" * 20)
+    with pytest.raises(DamagedFileError, match=r"c\.jsonl"):
+        Jsonl(path=str(path)).prompts()
 
 
 @pytest.mark.parametrize(
