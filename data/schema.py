@@ -20,6 +20,9 @@ import numpy.typing as npt
 
 Split = Literal["fit", "val", "test"]
 SPLITS: tuple[Split, ...] = ("fit", "val", "test")
+# What recorded probabilities are: the router's softmax or sigmoid over all experts, a softmax over
+# the K that were chosen, or nothing.
+ProbsKind = Literal["softmax", "topk_softmax", "sigmoid", "none"]
 
 
 class ExpertKey(NamedTuple):
@@ -223,10 +226,25 @@ class TraceSet(Protocol):
     used for what, and is stored or derived once, never drawn anew; `digest` names the content.
     """
 
-    spec: MoESpec
-    split: Mapping[str, Split]  # request_id -> "fit" | "val" | "test"
-    digest: str
-    probs_kind: Literal["softmax", "topk_softmax", "sigmoid", "none"]
+    @property
+    def spec(self) -> MoESpec:
+        """The MoE that was observed."""
+        ...
+
+    @property
+    def split(self) -> Mapping[str, Split]:
+        """What each request id may be used for."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex SHA-256 that names the content."""
+        ...
+
+    @property
+    def probs_kind(self) -> ProbsKind:
+        """What the recorded probabilities are."""
+        ...
 
     def __len__(self) -> int:
         """Number of requests."""
@@ -245,7 +263,7 @@ class TraceList:
     traces: Sequence[Trace]
     split: Mapping[str, Split]
     digest: str
-    probs_kind: Literal["softmax", "topk_softmax", "sigmoid", "none"] = "none"
+    probs_kind: ProbsKind = "none"
     path: Path | None = None
 
     def __len__(self) -> int:

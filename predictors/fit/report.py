@@ -84,7 +84,7 @@ def _draw_hit_ratio(axes: Axes, evaluation: Mapping[str, Any]) -> None:
 def _draw_recall_by_layer(axes: Axes, evaluation: Mapping[str, Any]) -> None:
     for name, row in evaluation["predictors"].items():
         colour = _colours(evaluation)[name]
-        axes.plot(100 * np.asarray(row["per_layer"]), "o-", color=colour, label=name, ms=3)
+        axes.plot(100 * np.asarray(row["recall_by_layer"]), "o-", color=colour, label=name, ms=3)
     axes.set(
         xlabel="MoE layer",
         ylabel=f"slot recall@{evaluation['top_k']} (%)",
@@ -96,8 +96,8 @@ def _draw_recall_by_layer(axes: Axes, evaluation: Mapping[str, Any]) -> None:
 
 def _draw_recall_by_lookahead(axes: Axes, evaluation: Mapping[str, Any]) -> None:
     for name, row in evaluation["predictors"].items():
-        lookaheads = sorted(int(ahead) for ahead in row["by_lookahead"])
-        recalls = [100 * row["by_lookahead"][str(ahead)] for ahead in lookaheads]
+        lookaheads = sorted(int(ahead) for ahead in row["recall_by_lookahead"])
+        recalls = [100 * row["recall_by_lookahead"][str(ahead)] for ahead in lookaheads]
         axes.plot(lookaheads, recalls, "o-", color=_colours(evaluation)[name], label=name, ms=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lookaheads, [str(ahead) for ahead in lookaheads])
@@ -137,7 +137,7 @@ def summary_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[st
         return [_replay_cell(row) for row in found]
 
     rows = [
-        [name, *(_percent(row["by_lookahead"][ahead]) for ahead in lookaheads)]
+        [name, *(_percent(row["recall_by_lookahead"][ahead]) for ahead in lookaheads)]
         + cells("forecast", name)
         for name, row in evaluation["predictors"].items()
     ]

@@ -109,7 +109,7 @@ def test_a_folder_with_a_manifest_is_opened_as_a_store(
 
 
 def test_reading_traces_needs_no_package_of_training() -> None:
-    hidden = ["datasets", "lightning", "pandas", "pyarrow", "wandb", "zstandard"]
+    hidden = ["datasets", "lightning", "pandas", "pyarrow", "wandb"]
     code = (
         f"import sys\nsys.modules.update(dict.fromkeys({hidden}))\n"
         "import data.importers, data.exporters.vllm, data.sources"

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
@@ -164,10 +165,9 @@ def test_compression_is_told_by_the_content(tmp_path: Path) -> None:
     assert texts(plain) == texts(packed) == ["b", "äöü"]
 
 
-def test_zstd_is_read_where_its_package_is_there(tmp_path: Path) -> None:
-    zstandard = pytest.importorskip("zstandard")
+def test_zstd_is_read_and_damage_is_named(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
-    path.write_bytes(zstandard.compress(b'{"text": "a"}\n{"text": "b"}\n'))
+    path.write_bytes(pa.compress(b'{"text": "a"}\n{"text": "b"}\n', "zstd", asbytes=True))
     assert texts(path) == ["a", "b"]
     path.write_bytes(path.read_bytes()[:4] + b"\xff" * 20)
     with pytest.raises(DamagedFileError, match=r"c\.jsonl"):

@@ -24,7 +24,10 @@ def replay(
 @pytest.fixture
 def evaluation() -> dict[str, Any]:
     def row(recall: float) -> dict[str, Any]:
-        return {"by_lookahead": {"1": recall, "4": recall / 2}, "per_layer": [recall, recall]}
+        return {
+            "recall_by_lookahead": {"1": recall, "4": recall / 2},
+            "recall_by_layer": [recall, recall],
+        }
 
     return {
         "predictor": "semantic",
