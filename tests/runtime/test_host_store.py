@@ -22,28 +22,9 @@ from runtime.host_store import (
     release_experts,
     restore_experts,
 )
-from tests.families import FAMILIES, tiny_model
+from tests.families import FAMILIES, LAYOUT_FLAGS, FakeExperts, tiny_model
 
 E, F, D = 3, 5, 4
-FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
-
-
-class FakeExperts(nn.Module):
-    """Experts in any layout that the interface knows; weight values are their own coordinates."""
-
-    def __init__(self, *, dtype: torch.dtype, **flags: bool) -> None:
-        super().__init__()
-        for name in FLAGS:
-            setattr(self, name, flags[name])
-        up = "gate_up_proj" if self.has_gate else "up_proj"
-        rows = 2 * F if self.has_gate else F
-        shapes = {up: (rows, D), "down_proj": (D, F)}
-        if self.is_transposed:
-            shapes = {name: shape[::-1] for name, shape in shapes.items()}
-        if self.has_bias:
-            shapes |= {f"{up}_bias": (rows,), "down_proj_bias": (D,)}
-        for name, shape in shapes.items():
-            setattr(self, name, nn.Parameter(random_bits((E, *shape), dtype)))
 
 
 def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -53,8 +34,9 @@ def random_bits(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def fake_layer(layer: int = 0, dtype: torch.dtype = torch.float32, **flags: bool) -> MoELayer:
-    all_flags = {**dict.fromkeys(FLAGS, False), "has_gate": True, "is_concatenated": True, **flags}
-    experts = FakeExperts(dtype=dtype, **all_flags)
+    experts = FakeExperts(E, F, D, **flags)
+    for _, parameter in expert_parameters(experts):
+        parameter.data = random_bits(tuple(parameter.shape), dtype)
     return MoELayer(layer=layer, decoder_layer=layer, experts=experts, router=nn.Identity())
 
 
@@ -74,11 +56,11 @@ def snapshot(layer: MoELayer) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=4)))
+@pytest.mark.parametrize("flags", LAYOUT_FLAGS, ids=str)
 def test_every_layout_and_dtype_comes_back_bit_for_bit(
-    tmp_path: Path, flags: tuple[bool, ...], dtype: torch.dtype
+    tmp_path: Path, flags: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    layers = [fake_layer(i, dtype, **dict(zip(FLAGS, flags, strict=True))) for i in range(2)]
+    layers = [fake_layer(layer, dtype, **flags) for layer in range(2)]
     before = [snapshot(layer) for layer in layers]
     store = open_store(tmp_path, layers)
     for layer in layers:
