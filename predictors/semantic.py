@@ -206,7 +206,7 @@ class Semantic(Predictor):
             return state.forecast
         if self.adapt_tokens is not None:
             used_LK = expert_map_LE.topk(self._fitted_spec().top_k, dim=-1).indices
-            used_LE = torch.zeros_like(expert_map_LE).scatter_(-1, used_LK, 1.0)
+            used_LE = torch.zeros_like(state.request_LE).scatter_(-1, used_LK, 1.0)
             state.request_LE = state.request_LE.lerp(used_LE, 1.0 / self.adapt_tokens)
         return self._say(state, next_token_id=next_token_id)
 
