@@ -101,3 +101,30 @@ def _affordable_slots(spec: MoESpec, budget_bytes: int) -> int:
     if num_slots > spec.num_experts:
         logger.info("The budget of %d bytes holds every expert", budget_bytes)
     return min(num_slots, spec.num_experts)
+
+
+def slots_at(residency: float, spec: MoESpec) -> int:
+    """Slots per layer that hold the share ``residency`` of the experts, at least K of them.
+
+    Raises:
+        ValueError: ``residency`` is not in (0, 1].
+    """
+    if not 0.0 < residency <= 1.0:
+        raise ValueError(f"residency={residency}: must be a share in (0, 1]")
+    return max(spec.top_k, round(residency * spec.num_experts))
+
+
+def parse_budget(text: str, spec: MoESpec) -> tuple[int, ...]:
+    """Slots of each MoE layer for a share of the experts, ``"25%"``, or for memory, ``"12GiB"``.
+
+    Raises:
+        ValueError: It is neither, or too small.
+    """
+    share = text.strip().removesuffix("%")
+    if share == text.strip():
+        return slots_per_layer(spec, budget_bytes=text)
+    try:
+        residency = float(share) / 100
+    except ValueError:
+        raise ValueError(f"budget={text!r}: a share is written as in 25%") from None
+    return slots_per_layer(spec, slots=slots_at(residency, spec))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from data.schema import MoESpec
-from runtime.budget import parse_bytes, slots_per_layer
+from runtime.budget import parse_budget, parse_bytes, slots_at, slots_per_layer
 
 SPEC = MoESpec(
     model_id="m", num_experts=8, top_k=2, decoder_layers=(1, 2), expert_bytes_per_layer=(100, 150)
@@ -52,3 +52,17 @@ def test_a_budget_needs_to_know_what_an_expert_weighs() -> None:
     spec = MoESpec(model_id="m", num_experts=8, top_k=2, decoder_layers=(0,))
     with pytest.raises(ValueError, match="does not say what an expert weighs"):
         slots_per_layer(spec, budget_bytes=10**6)
+
+
+def test_a_share_rounds_but_always_holds_one_token() -> None:
+    assert slots_at(0.4, SPEC) == 3
+    assert slots_at(0.01, SPEC) == SPEC.top_k
+    with pytest.raises(ValueError, match=r"residency=1\.5"):
+        slots_at(1.5, SPEC)
+
+
+def test_users_write_shares_or_memory() -> None:
+    assert parse_budget("50%", SPEC) == (4, 4)
+    assert parse_budget("1 kB", SPEC) == (4, 4)
+    with pytest.raises(ValueError, match="as in 25%"):
+        parse_budget("many%", SPEC)
