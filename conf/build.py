@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,8 +20,15 @@ OmegaConf.register_new_resolver("project_root", lambda: str(CONF_DIR.parent), re
 
 
 def build(node: DictConfig) -> Any:
-    """Instantiate a configuration node with plain lists and dicts in place of Hydra's own types."""
-    return instantiate(node, _convert_="all")
+    """Instantiate a configuration node with plain lists and dicts in place of Hydra's own types.
+
+    Raises:
+        Exception: What the constructor raised, without Hydra's wrapping: its message is for users.
+    """
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        raise (error.__cause__ or error) from None
 
 
 def plain(node: DictConfig) -> dict[str, Any]:

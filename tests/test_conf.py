@@ -93,3 +93,10 @@ def test_outputs_stay_in_the_project_wherever_the_command_is_called(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert Path(compose_root("train").paths.root) == CONF.parent / "outputs"
+
+
+def test_a_constructor_speaks_for_itself() -> None:
+    """Hydra wraps what a constructor raises, and buries the message that was written for users."""
+    cfg = compose_root("train", "predictor=popularity", "predictor.gamma=2")
+    with pytest.raises(ValueError, match=r"^gamma=2: must be in \[0, 1\)$"):
+        build.build(cfg.predictor)
