@@ -76,6 +76,7 @@ class Recipe:
         max_seconds: Training ends by then, on a shortened schedule; 0 sets no limit.
         compile_layers: Use torch.compile for the decoder layers.
         eval_windows: Windows per domain in the evaluation, at most.
+        sample_tokens: Length of the continuations shown in the card.
         seed: Of initialisation and sampling.
         smoke: Replace the sizes by small ones.
     """
@@ -95,14 +96,16 @@ class Recipe:
     max_seconds: float = 0.0
     compile_layers: bool = False
     eval_windows: int = 32
+    sample_tokens: int = 80
     seed: int = 0
     smoke: bool = False
 
     def __post_init__(self) -> None:
         """Check the sizes."""
-        for name in ("steps", "batch_size", "seq_len", "sample_chars", "eval_windows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.name not in ("max_chars", "seed") and value < 1:
+                raise ValueError(f"{field.name}={value} must be at least 1")
 
     def sized(self) -> "Recipe":
         """The recipe that is run: itself, or its small version for `smoke`."""
@@ -116,6 +119,7 @@ class Recipe:
             sample_chars=min(self.sample_chars, 100_000),
             max_chars=min(self.max_chars or 300_000, 300_000),
             eval_windows=min(self.eval_windows, 4),
+            sample_tokens=min(self.sample_tokens, 16),
         )
 
 
@@ -230,7 +234,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             "router_targets": dataclasses.asdict(RouterTargets()),
             "mixture": _mixture(names, streams, weights, report.tokens),
             "sampling": SAMPLING,
-            "samples": sample_texts(shipped, tokenizer),
+            "samples": sample_texts(shipped, tokenizer, num_tokens=recipe.sample_tokens),
             **evaluate(
                 shipped,
                 names=names,
@@ -250,7 +254,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def sample_texts(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast
+    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_tokens: int
 ) -> list[dict[str, str]]:
     """Continue each sample prompt greedily and sampled; one row per prompt and way."""
     chat = tokenizer.apply_chat_template(
@@ -261,7 +265,7 @@ def sample_texts(
     for prompt in (*(f"{tokenizer.bos_token}{text}" for text in SAMPLE_PROMPTS), str(chat)):
         encoded = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
         for how in ({"do_sample": False}, {"do_sample": True, **SAMPLING}):
-            ids_BT = model.generate(**encoded.to(model.device), max_new_tokens=80, **how)
+            ids_BT = model.generate(**encoded.to(model.device), max_new_tokens=num_tokens, **how)
             continuation = tokenizer.decode(ids_BT[0, encoded["input_ids"].shape[1] :])
             samples.append({"prompt": prompt, "continuation": continuation})
     return samples

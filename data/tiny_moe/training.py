@@ -79,9 +79,12 @@ def train(
         targets: What the routers should come to; `seq_len` must be a multiple of its `chunk`.
 
     Raises:
-        ValueError: If a domain is shorter than one sequence.
+        ValueError: If a domain is shorter than one sequence, or a sequence is no whole number of
+            passages.
         FloatingPointError: If the loss stops being finite.
     """
+    if settings.seq_len % targets.chunk:
+        raise ValueError(f"seq_len={settings.seq_len} is not a multiple of {targets.chunk}")
     device = model.device
     batches = _batches(streams, weights, settings, device)
     optimizer = torch.optim.AdamW(
