@@ -120,7 +120,7 @@ def save_artifact(
             f"predictor {predictor.kind!r} reads the recorded future: it judges traces and cannot "
             "be exported"
         )
-    if difference := predictor._fitted_spec().mismatch(spec):
+    if difference := predictor.fitted_spec().mismatch(spec):
         raise SpecMismatchError(f"predictor {predictor.kind!r} is for another model: {difference}")
     embedder = predictor.embedder
     with atomic_dir(path) as folder:

@@ -189,7 +189,8 @@ class Predictor(ABC):
         """
         raise ValueError(f"predictor {self.kind!r} has no index, but the artifact holds {path}")
 
-    def _fitted_spec(self) -> MoESpec:
+    def fitted_spec(self) -> MoESpec:
+        """The MoE it was fitted for; ValueError before `fit` or `load_state`."""
         if self.spec is None:
             raise ValueError(f"predictor {self.kind!r} is not fitted: call fit or load an artifact")
         return self.spec
@@ -203,7 +204,7 @@ def walk(
     Element t is what was known just before row t was routed: element 0 from the prompt alone,
     element t from rows 0..t-1. The result has T elements.
     """
-    spec = predictor._fitted_spec()
+    spec = predictor.fitted_spec()
     state = predictor.new_state()
     forecasts = [predictor.on_request(state, Request.of(trace, with_truth=with_truth))]
     ids_P, first = trace.token_ids_P, trace.first_routed_position

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import SpecMismatchError
-from data.schema import Split, Trace, TraceSet
+from data.schema import MoESpec, Split, Trace, TraceSet
 from predictors.base import Forecast, Predictor, walk
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 
@@ -102,7 +102,8 @@ class RecallReport:
         top_k: K.
         recall: Slot recall@K, one token ahead, all layers.
         recall_by_layer: The same for each MoE layer.
-        recall_by_lookahead: Slot recall@K for each lookahead in tokens.
+        recall_by_lookahead: Slot recall@K for each lookahead in tokens; 0 where no request was
+            long enough to judge one.
         num_tokens_by_lookahead: Judged (forecast, token) pairs for each lookahead.
         recall_by_fetched: Slot recall@k for k = K..3K experts fetched per layer, one token ahead.
         reliability: Of `next_LE`.
@@ -158,66 +159,92 @@ def evaluate_recall(
         SpecMismatchError: The traces are of another model.
         ValueError: Nothing to judge, or an argument is out of range.
     """
-    spec = predictor._fitted_spec()
+    spec = predictor.fitted_spec()
     if difference := spec.mismatch(traces.spec):
         raise SpecMismatchError(f"predictor {predictor.kind!r} and traces disagree: {difference}")
     if 1 not in lookaheads or min(lookaheads) < 1:
         raise ValueError(f"lookaheads={list(lookaheads)}: must hold 1 and nothing below it")
-    K, shape_LE = spec.top_k, (spec.num_layers, spec.num_experts)
-    # hits_hLE[h][l, r]: how often the expert ranked r-th in layer l was used h tokens ahead.
-    hits_hLE = {h: np.zeros(shape_LE, np.int64) for h in lookaheads}
-    tokens_h = dict.fromkeys(lookaheads, 0)
-    reliability = ReliabilityCount(num_bins=num_bins)
-    num_requests = num_silent = 0
-
+    tally = _Tally(spec, lookaheads, num_bins)
+    num_requests = 0
     for trace in traces_of(traces, split):
         rows = decode_rows(trace)
-        left = None if max_tokens is None else max_tokens - tokens_h[1]
-        stop = rows.stop if left is None else min(rows.stop, rows.start + left)
+        stop = rows.stop
+        if max_tokens is not None:
+            stop = min(stop, rows.start + max_tokens - tally.num_tokens[1])
         if stop <= rows.start:
-            break
+            continue
         num_requests += 1
         uses = _UseCount(trace, spec.num_experts, stop)
         for forecasts, first_R, last_R in _batches(predictor, trace, slice(rows.start, stop)):
-            for h in lookaheads:
-                tokens_h[h] += int(uses.num_tokens_R(first_R, last_R, h).sum())
-            if forecasts is None:
-                num_silent += int((last_R - first_R).sum())
-                continue
-            next_RLE = np.stack([forecast.next_LE.numpy() for forecast in forecasts])
-            future_RLE = np.stack([forecast.forecast_LE.numpy() for forecast in forecasts])
-            rank_next_RLE = np.argsort(-next_RLE, axis=-1, kind="stable")
-            rank_future_RLE = np.argsort(-future_RLE, axis=-1, kind="stable")
-            for h in lookaheads:
-                used_RLE = uses.used_RLE(first_R, last_R, h)
-                rank_RLE = rank_next_RLE if h == 1 else rank_future_RLE
-                hits_hLE[h] += np.take_along_axis(used_RLE, rank_RLE, axis=-1).sum(axis=0)
-                if h == 1:
-                    reliability.add(next_RLE, used_RLE, last_R - first_R)
-
-    if not tokens_h[1]:
+            tally.add(uses, forecasts, first_R, last_R)
+    if not num_requests:
         raise ValueError(f"no token to judge: split {split!r}, max_tokens={max_tokens}")
-    by_layer_LE = hits_hLE[1].cumsum(axis=-1) / (tokens_h[1] * K)
-    return RecallReport(
-        kind=predictor.kind,
-        split=split,
-        num_requests=num_requests,
-        num_tokens=tokens_h[1],
-        num_tokens_without_forecast=num_silent,
-        top_k=K,
-        recall=float(by_layer_LE[:, K - 1].mean()),
-        recall_by_layer=by_layer_LE[:, K - 1].tolist(),
-        recall_by_lookahead={
-            h: float(hits_LE[:, :K].sum() / max(1, tokens_h[h] * K * spec.num_layers))
-            for h, hits_LE in hits_hLE.items()
-        },
-        num_tokens_by_lookahead=tokens_h,
-        recall_by_fetched={
-            k: float(by_layer_LE[:, k - 1].mean())
-            for k in range(K, min(3 * K, spec.num_experts) + 1)
-        },
-        reliability=reliability.result(),
-    )
+    return tally.report(predictor.kind, split, num_requests)
+
+
+class _Tally:
+    """Hits by rank, added up over batches of forecasts.
+
+    Attributes:
+        num_tokens: Judged (forecast, token) pairs for each lookahead.
+    """
+
+    def __init__(self, spec: MoESpec, lookaheads: Sequence[int], num_bins: int) -> None:
+        self._spec = spec
+        shape_LE = (spec.num_layers, spec.num_experts)
+        # [l, r]: how often the expert that stood r-th in layer l was used.
+        self._hits_LE = {h: np.zeros(shape_LE, np.int64) for h in lookaheads}
+        self.num_tokens = dict.fromkeys(lookaheads, 0)
+        self._num_silent = 0
+        self._reliability = ReliabilityCount(num_bins=num_bins)
+
+    def add(
+        self,
+        uses: "_UseCount",
+        forecasts: Sequence[Forecast] | None,
+        first_R: npt.NDArray[np.int64],
+        last_R: npt.NDArray[np.int64],
+    ) -> None:
+        for h in self.num_tokens:
+            self.num_tokens[h] += uses.num_tokens(first_R, last_R, h)
+        if forecasts is None:
+            self._num_silent += uses.num_tokens(first_R, last_R, 1)
+            return
+        next_RLE = np.stack([forecast.next_LE.numpy() for forecast in forecasts])
+        future_RLE = np.stack([forecast.forecast_LE.numpy() for forecast in forecasts])
+        self._reliability.add(next_RLE, uses.used_RLE(first_R, last_R, 1), last_R - first_R)
+        rank_next_RLE = np.argsort(-next_RLE, axis=-1, kind="stable")
+        rank_future_RLE = np.argsort(-future_RLE, axis=-1, kind="stable")
+        for h, hits_LE in self._hits_LE.items():
+            rank_RLE = rank_next_RLE if h == 1 else rank_future_RLE
+            used_RLE = uses.used_RLE(first_R, last_R, h)
+            hits_LE += np.take_along_axis(used_RLE, rank_RLE, axis=-1).sum(axis=0)
+
+    def report(self, kind: str, split: Split, num_requests: int) -> RecallReport:
+        K, num_experts = self._spec.top_k, self._spec.num_experts
+        recall_hLE = {
+            h: hits_LE.cumsum(axis=-1) / max(1, self.num_tokens[h] * K)
+            for h, hits_LE in self._hits_LE.items()
+        }
+        return RecallReport(
+            kind=kind,
+            split=split,
+            num_requests=num_requests,
+            num_tokens=self.num_tokens[1],
+            num_tokens_without_forecast=self._num_silent,
+            top_k=K,
+            recall=float(recall_hLE[1][:, K - 1].mean()),
+            recall_by_layer=recall_hLE[1][:, K - 1].tolist(),
+            recall_by_lookahead={
+                h: float(recall_LE[:, K - 1].mean()) for h, recall_LE in recall_hLE.items()
+            },
+            num_tokens_by_lookahead=self.num_tokens,
+            recall_by_fetched={
+                k: float(recall_hLE[1][:, k - 1].mean())
+                for k in range(K, min(3 * K, num_experts) + 1)
+            },
+            reliability=self._reliability.result(),
+        )
 
 
 class _UseCount:
@@ -229,11 +256,11 @@ class _UseCount:
         self._before_TLE = np.zeros((stop + 1, *use_TLE.shape[1:]), np.int32)
         np.cumsum(use_TLE, axis=0, out=self._before_TLE[1:])
 
-    def num_tokens_R(
+    def num_tokens(
         self, first_R: npt.NDArray[np.int64], last_R: npt.NDArray[np.int64], h: int
-    ) -> npt.NDArray[np.int64]:
+    ) -> int:
         begin_R, end_R = self._ahead(first_R, last_R, h)
-        return end_R - begin_R
+        return int((end_R - begin_R).sum())
 
     def used_RLE(
         self, first_R: npt.NDArray[np.int64], last_R: npt.NDArray[np.int64], h: int

@@ -61,7 +61,7 @@ class Oracle(Predictor):
             raise ValueError(
                 "predictor 'oracle' needs Request.truth: it judges recorded traces, it cannot serve"
             )
-        use_TLE = expert_use_TLE(request.truth, self._fitted_spec().num_experts)
+        use_TLE = expert_use_TLE(request.truth, self.fitted_spec().num_experts)
         future_TLE = use_TLE.astype(np.float32)
         for t in range(len(future_TLE) - 2, -1, -1):
             future_TLE[t] += np.float32(self.gamma) * future_TLE[t + 1]

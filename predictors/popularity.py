@@ -40,7 +40,7 @@ class Popularity(Predictor):
 
     def on_request(self, state: State, request: Request) -> Forecast | None:
         """The same forecast for every request."""
-        self._fitted_spec()
+        self.fitted_spec()
         state.forecast = self._forecast
         return state.forecast
 

@@ -46,7 +46,7 @@ class PreviousToken(Predictor):
 
     def on_request(self, state: State, request: Request) -> Forecast | None:
         """Popularity."""
-        self._fitted_spec()
+        self.fitted_spec()
         assert self._popularity_LE is not None
         state.forecast = Forecast.stationary(self._popularity_LE, gamma=self.gamma)
         return state.forecast

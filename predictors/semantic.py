@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.errors import DamagedFileError
-from data.schema import MoESpec, Trace, TraceSet
+from data.schema import MoESpec, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State
 from predictors.calibrate import Calibration, fit_calibration
 from predictors.embedders.base import Embedder, normalized_NS
@@ -30,6 +30,8 @@ from predictors.token_use import TokenUse
 logger = logging.getLogger(__name__)
 
 Granularity = Literal["request", "token"]
+
+_SAME_COSINE = 0.99  # of one text embedded twice by one embedder, batched differently
 
 
 @dataclass(slots=True)
@@ -42,6 +44,15 @@ class SemanticState(State):
     """
 
     request_LE: Tensor | None = None
+
+
+class _Record(NamedTuple):
+    """What is kept of one fitted request; the trace itself may be large."""
+
+    request_id: str
+    prompt: str | None
+    embedding_S: npt.NDArray[np.float32] | None
+    use_LE: npt.NDArray[np.float32]
 
 
 class Semantic(Predictor):
@@ -136,28 +147,33 @@ class Semantic(Predictor):
                 with the traces are another embedder's.
         """
         start_s = time.perf_counter()
-        stored = [
-            trace
+        num_experts = traces.spec.num_experts
+        records = [
+            _Record(
+                trace.request_id,
+                trace.prompt,
+                trace.prompt_embedding_S,
+                request_use_LE(trace, num_experts),
+            )
             for trace in traces_of(traces, "fit")
-            if trace.prompt is not None or trace.prompt_embedding_S is not None
+            if trace.num_tokens
+            and (trace.prompt is not None or trace.prompt_embedding_S is not None)
         ]
         self._index = VectorIndex(dim=self.embedder.dim)
         self._calibration = Calibration.identity()
         self.spec = traces.spec
-        if not stored:
+        if not records:
             self._stay_empty(traces)
             return FitReport(0, 0, time.perf_counter() - start_s)
-        if len(stored) > self.capacity:
-            logger.info("storing %d of %d requests: capacity", self.capacity, len(stored))
-            kept = np.linspace(0, len(stored) - 1, self.capacity).round().astype(int)
-            stored = [stored[i] for i in kept]
-        embeddings_NS = self._embeddings(stored)
+        if len(records) > self.capacity:
+            logger.info("storing %d of %d requests: capacity", self.capacity, len(records))
+            kept = np.linspace(0, len(records) - 1, self.capacity).round().astype(int)
+            records = [records[i] for i in kept]
+        embeddings_NS = self._embeddings(records)
         if self.centre:
             self._centre_S = torch.from_numpy(embeddings_NS.mean(axis=0))
         self._index.add(normalized_NS(embeddings_NS - self._centre_S.numpy()))
-        num_experts = traces.spec.num_experts
-        use_NLE = np.stack([request_use_LE(trace, num_experts) for trace in stored])
-        self._use_NLE = torch.from_numpy(use_NLE).half()
+        self._use_NLE = torch.from_numpy(np.stack([record.use_LE for record in records])).half()
         self._popularity_LE, num_requests, num_tokens = mean_use_LE(traces)
         if self.granularity == "token":
             self._tokens = TokenUse.fit(
@@ -167,7 +183,7 @@ class Semantic(Predictor):
                 prior_tokens=self.prior_tokens,
             )
         self._calibration, details = fit_calibration(self, traces)
-        details |= {"num_stored": len(stored), "num_stored_tokens": len(self._tokens)}
+        details |= {"num_stored": len(records), "num_stored_tokens": len(self._tokens)}
         return FitReport(num_requests, num_tokens, time.perf_counter() - start_s, details)
 
     def new_state(self) -> SemanticState:
@@ -177,7 +193,7 @@ class Semantic(Predictor):
     def on_request(self, state: State, request: Request) -> Forecast | None:
         """Search for the prompt; None from an empty store."""
         assert isinstance(state, SemanticState)
-        self._fitted_spec()
+        self.fitted_spec()
         if not len(self._index):
             return None
         if request.prompt_embedding_S is not None:
@@ -205,7 +221,7 @@ class Semantic(Predictor):
         if self.adapt_tokens is None and self.granularity == "request":
             return state.forecast
         if self.adapt_tokens is not None:
-            used_LK = expert_map_LE.topk(self._fitted_spec().top_k, dim=-1).indices
+            used_LK = expert_map_LE.topk(self.fitted_spec().top_k, dim=-1).indices
             used_LE = torch.zeros_like(state.request_LE).scatter_(-1, used_LK, 1.0)
             state.request_LE = state.request_LE.lerp(used_LE, 1.0 / self.adapt_tokens)
         return self._say(state, next_token_id=next_token_id)
@@ -268,26 +284,25 @@ class Semantic(Predictor):
         state.forecast = Forecast(next_LE, next_LE + later_LE)
         return state.forecast
 
-    def _embeddings(self, stored: Sequence[Trace]) -> npt.NDArray[np.float32]:
+    def _embeddings(self, records: Sequence[_Record]) -> npt.NDArray[np.float32]:
         """float32 [N, S]; embeddings that came with the traces are used if they are ours."""
         embed = self.embedder.embed
-        given = [trace for trace in stored if trace.prompt_embedding_S is not None]
-        texts = [trace.prompt or "" for trace in stored if trace.prompt_embedding_S is None]
-        for trace in given[:1]:
-            assert trace.prompt_embedding_S is not None
-            theirs_S = trace.prompt_embedding_S
-            if theirs_S.shape != (self.embedder.dim,) or (
-                trace.prompt is not None and float(embed([trace.prompt])[0] @ theirs_S) < 0.99
+        given = next((record for record in records if record.embedding_S is not None), None)
+        if given is not None and given.embedding_S is not None:
+            known = None if given.prompt is None else embed([given.prompt])[0]
+            if given.embedding_S.shape != (self.embedder.dim,) or (
+                known is not None and float(known @ given.embedding_S) < _SAME_COSINE
             ):
                 raise ValueError(
-                    f"request {trace.request_id!r} comes with an embedding that embedder "
+                    f"request {given.request_id!r} comes with an embedding that embedder "
                     f"{self.embedder.kind!r} {self.embedder.config()} did not make"
                 )
-        computed = iter(embed(texts)) if texts else iter(())
+        texts = [record.prompt or "" for record in records if record.embedding_S is None]
+        computed = iter(embed(texts))
         return np.stack(
             [
-                next(computed) if trace.prompt_embedding_S is None else trace.prompt_embedding_S
-                for trace in stored
+                next(computed) if record.embedding_S is None else record.embedding_S
+                for record in records
             ]
         )
 

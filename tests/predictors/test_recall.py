@@ -111,6 +111,12 @@ def test_max_tokens_stops_within_a_request() -> None:
     assert (report.num_tokens, report.num_requests) == (50, 2)
 
 
+def test_a_request_without_tokens_does_not_end_the_judging() -> None:
+    traces = make_traces({"test": [make_trace("a", []), make_trace("b", [0, 0])]})
+    report = evaluate_recall(ScriptedPredictor([says(0)]), traces)
+    assert (report.num_requests, report.num_tokens) == (1, 2)
+
+
 def test_only_the_asked_split_is_judged() -> None:
     predictor = ScriptedPredictor([says(0)])
     traces = make_traces({"fit": [make_trace("a", [0] * 4)], "test": [make_trace("b", [1] * 4)]})

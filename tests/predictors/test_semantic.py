@@ -135,6 +135,11 @@ def test_an_empty_store_predicts_nothing(caplog: pytest.LogCaptureFixture) -> No
     assert set(walk(predictor, traces[0])) == {None}
 
 
+def test_a_request_that_routed_nothing_is_not_stored() -> None:
+    predictor = fitted(make_traces({"fit": [make_trace("a", []), make_trace("b", [1, 1])]}))
+    assert predictor.tensors()["use_NLE"].tolist() == [[[0.0, 1.0, 0.0, 0.0]] * 2]
+
+
 def test_prompts_are_required_and_the_error_names_predictors_that_need_none() -> None:
     traces = make_traces({"fit": [make_trace("a", [0], prompt=None)]})
     with pytest.raises(ValueError, match="prompt.*popularity"):
