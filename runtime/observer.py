@@ -33,8 +33,8 @@ class Observer:
         model: The model whose forward passes are observed.
         layers: Its MoE layers.
         predictor: A fitted predictor for this model.
-        on_forecast: Called before each forward pass with the forecast for it; None where the
-            predictor has nothing to say.
+        on_forecast: Called before a forward pass with the forecast for it, unless the predictor
+            has nothing to say.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Observer:
         model: nn.Module,
         layers: Sequence[MoELayer],
         predictor: Predictor,
-        on_forecast: Callable[[Forecast | None], None],
+        on_forecast: Callable[[Forecast], None],
     ) -> None:
         self._signature = inspect.signature(model.forward)
         self._predictor = predictor
@@ -93,7 +93,8 @@ class Observer:
             self._finish(next_tokens=tokens)
         self._last = tokens
         self._maps = [None] * len(self._maps)
-        self._on_forecast(_mean(self._forecasts))
+        if known := [forecast for forecast in self._forecasts if forecast is not None]:
+            self._on_forecast(_mean(known))
 
     def _begin(self, tokens: "_Tokens") -> None:
         prompts: Sequence[str | None] = self._prompts or [None] * len(tokens.ids)
@@ -159,12 +160,8 @@ class _Tokens:
         return cls([[flat[i] for i in row] for row in where], where)
 
 
-def _mean(forecasts: Sequence[Forecast | None]) -> Forecast | None:
-    """The mean of those that have something to say."""
-    known = [forecast for forecast in forecasts if forecast is not None]
-    if not known:
-        return None
+def _mean(forecasts: Sequence[Forecast]) -> Forecast:
     return Forecast(
-        torch.stack([forecast.next_LE for forecast in known]).mean(0),
-        torch.stack([forecast.forecast_LE for forecast in known]).mean(0),
+        torch.stack([forecast.next_LE for forecast in forecasts]).mean(0),
+        torch.stack([forecast.forecast_LE for forecast in forecasts]).mean(0),
     )
