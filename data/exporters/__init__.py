@@ -1,0 +1,1 @@
+"""Our traces in the formats of other engines, so that they can replay or study them."""

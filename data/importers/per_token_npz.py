@@ -1,0 +1,173 @@
+"""Per-token npz: one array of expert ids over all tokens, cut into requests by offsets.
+
+    X.npz          experts [tokens, L, K], seq_offsets [B+1], optionally probs [tokens, L, K],
+                   tokens [tokens], prompt_tokens, prompt_offsets [B+1]
+    X.info.json    model, num_experts, what probs are          (optional)
+    X.seqs.jsonl   one line a request: id, category, ...       (optional)
+    X.vocab.json   the token strings that tokens index         (with tokens)
+
+Where a prompt is given, its tokens carry no routing: the rows are decode steps. Without one, the
+rows are taken for a prompt's, as of a teacher-forced forward pass.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DamagedFileError, MalformedInputError
+from data.files import digest_json, sha256_file
+from data.importers.common import Peek, compact_ids, load_arrays, spec_of
+from data.schema import Trace, TraceList
+from data.splits import split_by_topic
+
+logger = logging.getLogger(__name__)
+
+
+def recognises(content: Peek) -> bool:
+    """Whether a file is of this format."""
+    return content.arrays >= {"experts", "seq_offsets"}
+
+
+def read_per_token_npz(path: Path, *, source: str | None = None) -> TraceList:
+    """Read one npz and the files beside it.
+
+    ``token_ids_P`` are indices into ``X.vocab.json``, not the model's ids: equal tokens have equal
+    ids within the file, and that is all. ``prompt`` is the rendered prompt, chat template included,
+    joined from the token strings; a character that the tokenizer cut in two shows as U+FFFD.
+
+    Args:
+        path: The npz.
+        source: `Trace.source`; by default the file's name.
+
+    Raises:
+        DamagedFileError: An array is unreadable, or they contradict each other.
+        MalformedInputError: A line of ``X.seqs.jsonl`` is not JSON.
+    """
+    arrays = load_arrays(path)
+    if missing := {"experts", "seq_offsets"} - set(arrays):
+        raise DamagedFileError(path, f"it lacks the arrays {sorted(missing)}")
+    stem = path.name.removesuffix(".npz")
+    info_path, seqs_path, vocab_path = (
+        path.with_name(stem + suffix) for suffix in (".info.json", ".seqs.jsonl", ".vocab.json")
+    )
+    info = _read_json(info_path) if info_path.exists() else {}
+    if "num_experts" not in info:
+        logger.warning("%s does not say num_experts: taking the highest id + 1", path)
+    num_experts = int(info.get("num_experts", arrays["experts"].max() + 1))
+    ids_NLK = compact_ids(arrays["experts"], num_experts, path)
+    offsets = _check_offsets(arrays, "seq_offsets", ids_NLK.shape[0], path)
+    for name in ("probs", "tokens"):
+        if name in arrays and arrays[name].shape[0] != ids_NLK.shape[0]:
+            raise DamagedFileError(path, f"{name} and experts disagree in length")
+    num_requests = len(offsets) - 1
+    rows = _read_rows(seqs_path) if seqs_path.exists() else [{}] * num_requests
+    if len(rows) != num_requests:
+        raise DamagedFileError(seqs_path, f"{len(rows)} lines for {num_requests} sequences")
+
+    has_prompts = {"tokens", "prompt_tokens", "prompt_offsets"} <= set(arrays)
+    if has_prompts:
+        vocab = _read_json(vocab_path)
+        for name in ("tokens", "prompt_tokens"):
+            if not 0 <= arrays[name].min(initial=0) <= arrays[name].max(initial=0) < len(vocab):
+                raise DamagedFileError(path, f"{name} point outside {vocab_path.name}")
+        prompt_offsets = _check_offsets(
+            arrays, "prompt_offsets", len(arrays["prompt_tokens"]), path
+        )
+        if len(prompt_offsets) != len(offsets):
+            raise DamagedFileError(path, "prompt_offsets and seq_offsets disagree in length")
+
+    traces = []
+    for b, row in enumerate(rows):
+        tokens = slice(offsets[b], offsets[b + 1])
+        num_prompt_tokens, first_routed_position = int(offsets[b + 1] - offsets[b]), 0
+        token_ids_P = prompt = None
+        if has_prompts:
+            ids = arrays["prompt_tokens"][prompt_offsets[b] : prompt_offsets[b + 1]]
+            prompt = "".join(vocab[i] for i in ids)
+            token_ids_P = np.concatenate([ids, arrays["tokens"][tokens]]).astype(np.int32)
+            num_prompt_tokens = first_routed_position = len(ids)
+            if row.get("first_position", len(ids)) != len(ids):
+                raise DamagedFileError(
+                    seqs_path,
+                    f"line {b + 1}: first_position {row['first_position']} "
+                    f"after a prompt of {len(ids)} tokens",
+                )
+        traces.append(
+            Trace(
+                request_id=str(row.get("id", b)),
+                source=source or stem,
+                topic=str(row.get("category", "")),
+                topk_expert_ids_TLK=ids_NLK[tokens],
+                num_prompt_tokens=num_prompt_tokens,
+                first_routed_position=first_routed_position,
+                topk_probs_TLK=arrays["probs"][tokens] if "probs" in arrays else None,
+                token_ids_P=token_ids_P,
+                prompt=prompt,
+            )
+        )
+    topics_of = {trace.request_id: trace.topic for trace in traces}
+    if len(topics_of) != len(traces):
+        raise DamagedFileError(seqs_path, "two sequences share an id")
+    files = [file for file in (path, info_path, seqs_path, vocab_path) if file.exists()]
+    return TraceList(
+        spec=spec_of(
+            str(info.get("model", stem)).split(" ")[0],
+            num_layers=ids_NLK.shape[1],
+            num_experts=num_experts,
+            top_k=ids_NLK.shape[2],
+        ),
+        traces=traces,
+        split=split_by_topic(topics_of),
+        digest=digest_json([sha256_file(file) for file in files]),
+        probs_kind=_probs_kind(arrays.get("probs")),
+        path=path,
+    )
+
+
+def _probs_kind(
+    probs_NLK: npt.NDArray[np.float16] | None,
+) -> Literal["softmax", "topk_softmax", "none"]:
+    """Probabilities that sum to 1 over the K were renormalised."""
+    if probs_NLK is None:
+        return "none"
+    sums_NL = probs_NLK.sum(axis=-1, dtype=np.float32)
+    return "topk_softmax" if np.allclose(sums_NL, 1, atol=0.02) else "softmax"
+
+
+def _check_offsets(
+    arrays: dict[str, npt.NDArray[Any]], name: str, end: int, path: Path
+) -> npt.NDArray[np.int64]:
+    """Offsets must start at 0, ascend, and end at ``end``."""
+    offsets = arrays[name]
+    if (
+        offsets.ndim != 1
+        or len(offsets) < 2
+        or offsets[0] != 0
+        or offsets[-1] != end
+        or (np.diff(offsets) < 0).any()
+    ):
+        raise DamagedFileError(path, f"{name} must ascend from 0 to {end}")
+    return offsets.astype(np.int64)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedFileError(path, "the npz beside it needs it, and it is not there") from None
+    except ValueError as error:
+        raise DamagedFileError(path, str(error)) from error
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise MalformedInputError(path, number, str(error)) from error
+    return rows

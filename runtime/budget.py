@@ -1,0 +1,103 @@
+"""From how much memory a user grants to how many slots each MoE layer gets.
+
+Knows nothing of models and caches, only of sizes. Every layer gets the same number of slots.
+
+Shape letters: L MoE layers · E experts per layer · K experts per token · C slots.
+"""
+
+import logging
+import re
+from collections.abc import Sequence
+
+from data.schema import MoESpec
+
+logger = logging.getLogger(__name__)
+
+_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+
+
+def parse_bytes(value: int | str) -> int:
+    """Read a size: a number of bytes, or text such as "12GiB", "800 MB" or "1.5e9".
+
+    Raises:
+        ValueError: It is not such a text, or not positive.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*([a-z]*)\s*", str(value), re.IGNORECASE)
+    unit = _UNITS.get(match[2].upper() or "B") if match else None
+    try:
+        size_bytes = round(float(match[1]) * unit) if match and unit else 0
+    except ValueError:
+        size_bytes = 0
+    if size_bytes < 1:
+        raise ValueError(
+            f"{value!r} is no size: give a positive number of bytes, or one with a unit "
+            "(B, kB, MB, GB, TB, KiB, MiB, GiB, TiB)"
+        )
+    return size_bytes
+
+
+def slots_per_layer(
+    spec: MoESpec,
+    *,
+    slots: int | Sequence[int] | None = None,
+    budget_bytes: int | str | None = None,
+) -> tuple[int, ...]:
+    """Slots of each MoE layer: as told, or as many as the budget pays for.
+
+    Args:
+        spec: The model.
+        slots: C for every layer, or one number per layer.
+        budget_bytes: Memory for all slots together, in any form that `parse_bytes` reads.
+
+    Raises:
+        ValueError: Both or neither are given; a layer would get fewer slots than one token needs
+            or more than it has experts; the spec does not say what an expert weighs.
+    """
+    if (slots is None) == (budget_bytes is None):
+        raise ValueError(
+            f"slots={slots} and budget_bytes={budget_bytes}: give exactly one of them; "
+            f"{spec.describe()} can have {spec.top_k}..{spec.num_experts} slots per layer"
+        )
+    if budget_bytes is not None:
+        return (_affordable_slots(spec, parse_bytes(budget_bytes)),) * spec.num_layers
+    given = (slots,) * spec.num_layers if isinstance(slots, int) else tuple(slots or ())
+    if len(given) != spec.num_layers:
+        raise ValueError(
+            f"slots has {len(given)} entries: {spec.describe()} needs one number, or one per layer"
+        )
+    for layer, num_slots in enumerate(given):
+        if not spec.top_k <= num_slots <= spec.num_experts:
+            raise ValueError(
+                f"slots={num_slots} for layer {layer}: must be in top_k={spec.top_k}.."
+                f"num_experts={spec.num_experts}, so that one token's experts fit"
+            )
+    return given
+
+
+def _affordable_slots(spec: MoESpec, budget_bytes: int) -> int:
+    if spec.expert_bytes_per_layer is None:
+        raise ValueError(
+            f"budget_bytes: the spec of {spec.describe()} does not say what an expert weighs; "
+            "give slots instead"
+        )
+    bytes_per_slot = sum(spec.expert_bytes_per_layer)
+    num_slots = budget_bytes // bytes_per_slot
+    if num_slots < spec.top_k:
+        raise ValueError(
+            f"budget_bytes={budget_bytes} pays for {num_slots} slots per layer, but one token "
+            f"needs top_k={spec.top_k}: the smallest budget that works for {spec.describe()} is "
+            f"{spec.top_k * bytes_per_slot} bytes"
+        )
+    if num_slots > spec.num_experts:
+        logger.info("The budget of %d bytes holds every expert", budget_bytes)
+    return min(num_slots, spec.num_experts)

@@ -1,0 +1,167 @@
+"""Shows a running model's routing to a predictor, and passes its forecasts on.
+
+Hooks on the model and its routers collect each forward pass's expert maps. A token's `on_token` is
+called at the start of the *next* forward pass: only then is its map whole and the id that follows
+it known, and still nothing of the next token has been routed. So forecasts are strictly causal:
+those that `predictors.base.walk` makes from the recorded trace.
+
+A request begins where a forward pass starts without a past (an empty KV cache), or where the
+caller says so. Each row of a batch has its own `State`; the forecast passed on is their mean.
+
+Knows nothing of caches, slots or how experts are computed.
+
+Shape letters: B requests · T tokens of a forward pass · L MoE layers · E experts per layer.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from data.adapters import MoELayer, router_probs_TE
+from predictors.base import Forecast, Predictor, Request, State
+
+
+class Observer:
+    """Feeds a predictor while a model runs; `remove` takes every hook away again.
+
+    Args:
+        model: The model whose forward passes are observed.
+        layers: Its MoE layers.
+        predictor: A fitted predictor for this model.
+        on_forecast: Called before a forward pass with the forecast for it, unless the predictor
+            has nothing to say.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        layers: Sequence[MoELayer],
+        predictor: Predictor,
+        on_forecast: Callable[[Forecast], None],
+    ) -> None:
+        self._signature = inspect.signature(model.forward)
+        self._predictor = predictor
+        self._on_forecast = on_forecast
+        self._prompts: tuple[str, ...] | None = None
+        self._states: list[State] = []
+        self._forecasts: list[Forecast | None] = []
+        self._last = _Tokens([], [])
+        self._maps: list[Tensor | None] = [None] * len(layers)  # of the last pass, each [B * T, E]
+        self._handles: list[RemovableHandle] = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            *(moe.router.register_forward_hook(self._router_hook(moe)) for moe in layers),
+        ]
+
+    def begin_request(self, *prompts: str) -> None:
+        """Say that the next forward pass begins new requests, and what their prompts are.
+
+        Args:
+            prompts: One text per row of the batch; none at all if the texts are not known.
+        """
+        self._prompts = prompts
+
+    def remove(self) -> None:
+        """Take the hooks away; a second call does nothing."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _router_hook(self, moe: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
+        def keep_map(router: nn.Module, args: Any, output: Any) -> None:
+            probs_TE = router_probs_TE(moe, output[0])
+            self._maps[moe.layer] = probs_TE.reshape(-1, probs_TE.shape[-1])
+
+        return keep_map
+
+    @torch.no_grad()
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        tokens = _Tokens.of(arguments)
+        past = arguments.get("past_key_values")
+        starts = past is None or past.get_seq_length() == 0
+        if starts or self._prompts is not None or len(tokens.ids) != len(self._states):
+            self._begin(tokens)
+        else:
+            self._finish(next_tokens=tokens)
+        self._last = tokens
+        self._maps = [None] * len(self._maps)
+        if known := [forecast for forecast in self._forecasts if forecast is not None]:
+            self._on_forecast(_mean(known))
+
+    def _begin(self, tokens: "_Tokens") -> None:
+        prompts: Sequence[str | None] = self._prompts or [None] * len(tokens.ids)
+        self._prompts = None
+        if len(prompts) != len(tokens.ids):
+            raise ValueError(
+                f"begin_request named {len(prompts)} prompts, but the batch has "
+                f"{len(tokens.ids)} rows: give one text per row, or none"
+            )
+        self._states = [self._predictor.new_state() for _ in prompts]
+        self._forecasts = []
+        for state, prompt, ids in zip(self._states, prompts, tokens.ids, strict=True):
+            known = None not in ids
+            request = Request(prompt=prompt, token_ids_P=np.array(ids, np.int32) if known else None)
+            self._forecasts.append(self._predictor.on_request(state, request))
+
+    def _finish(self, *, next_tokens: "_Tokens") -> None:
+        """Show every token of the last forward pass to its row's state, in order."""
+        maps = [map_TE for map_TE in self._maps if map_TE is not None]
+        if len(maps) < len(self._maps):
+            return  # that pass was broken off: its tokens were not routed in every layer
+        maps_TLE = torch.stack(maps, dim=1).cpu()
+        for row, (ids, where) in enumerate(zip(self._last.ids, self._last.where, strict=True)):
+            followers = [*ids[1:], *(next_tokens.ids[row][:1] or [None])]
+            for token_id, next_token_id, t in zip(ids, followers, where, strict=False):
+                self._forecasts[row] = self._predictor.on_token(
+                    self._states[row],
+                    maps_TLE[t],
+                    token_id=token_id,
+                    next_token_id=next_token_id,
+                )
+
+
+class _Tokens:
+    """The tokens of one forward pass, row by row, without padding.
+
+    Attributes:
+        ids: Their ids; None where the model was given embeddings instead.
+        where: Their places among the flattened B * T tokens that the routers see.
+    """
+
+    def __init__(self, ids: list[list[int | None]], where: list[list[int]]) -> None:
+        self.ids = ids
+        self.where = where
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "_Tokens":
+        """Read a forward pass's arguments; a two-dimensional attention mask tells padding."""
+        ids_BT: Tensor | None = arguments.get("input_ids")
+        num_rows, num_tokens = (arguments["inputs_embeds"] if ids_BT is None else ids_BT).shape[:2]
+        mask = arguments.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real_BT = mask[:, -num_tokens:].bool().tolist()
+        else:
+            real_BT = [[True] * num_tokens] * num_rows
+        where = [
+            [row * num_tokens + t for t in range(num_tokens) if real_BT[row][t]]
+            for row in range(num_rows)
+        ]
+        flat: list[int | None] = (
+            [None] * (num_rows * num_tokens) if ids_BT is None else ids_BT.flatten().tolist()
+        )
+        return cls([[flat[i] for i in row] for row in where], where)
+
+
+def _mean(forecasts: Sequence[Forecast]) -> Forecast:
+    return Forecast(
+        torch.stack([forecast.next_LE for forecast in forecasts]).mean(0),
+        torch.stack([forecast.forecast_LE for forecast in forecasts]).mean(0),
+    )

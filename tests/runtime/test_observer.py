@@ -1,0 +1,206 @@
+"""A predictor sees a running model's routing in order, causally, and one request at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data.adapters import moe_layers, router_probs_TE, spec_of
+from data.schema import MoESpec, Trace, TraceSet
+from predictors.base import FitReport, Forecast, Predictor, Request, State, walk
+from runtime.observer import Observer
+from tests.families import tiny_model
+
+
+class Echo(Predictor):
+    """Forecasts the finished token's own map, and writes down everything that it is shown."""
+
+    kind = "echo"
+    moments = frozenset({"request", "token"})
+
+    def __init__(self) -> None:
+        super().__init__(gamma=0.5)
+        self.requests: list[Request] = []
+        self.tokens: list[tuple[State, int | None, int | None]] = []
+
+    def fit(self, traces: TraceSet) -> FitReport:
+        raise NotImplementedError
+
+    def on_request(self, state: State, request: Request) -> Forecast | None:
+        self.requests.append(request)
+        return None
+
+    def on_token(
+        self,
+        state: State,
+        expert_map_LE: Tensor,
+        *,
+        token_id: int | None = None,
+        next_token_id: int | None = None,
+    ) -> Forecast | None:
+        state.num_tokens += 1
+        self.tokens.append((state, token_id, next_token_id))
+        return Forecast.stationary(expert_map_LE, gamma=self.gamma)
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        return {}
+
+    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
+        self.spec = spec
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen3_moe")
+
+
+@pytest.fixture
+def observed(model: Any) -> Any:
+    """The model under observation, the predictor, and the list of forecasts passed on."""
+    predictor, forecasts = Echo(), []
+    predictor.load_state(spec_of(model), {})
+    observer = Observer(
+        model=model, layers=moe_layers(model), predictor=predictor, on_forecast=forecasts.append
+    )
+    yield observer, predictor, forecasts
+    observer.remove()
+
+
+def generate(model: Any, prompts: list[list[int]], *, num_new_tokens: int = 5) -> Tensor:
+    """Greedy generation from left-padded prompts."""
+    width = max(map(len, prompts))
+    ids_BT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+    mask_BT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return model.generate(
+        ids_BT,
+        attention_mask=mask_BT,
+        max_new_tokens=num_new_tokens,
+        min_new_tokens=num_new_tokens,
+        do_sample=False,
+    )
+
+
+def trace_of(model: Any, ids_P: Tensor, num_prompt_tokens: int) -> Trace:
+    """The same tokens' routing, from one forward pass over all of them."""
+    layers, maps, handles = moe_layers(model), [], []
+    for layer in layers:
+
+        def record(router: Any, args: Any, output: Any, layer: Any = layer) -> None:
+            maps.append(router_probs_TE(layer, output[0]))
+
+        handles.append(layer.router.register_forward_hook(record))
+    with torch.no_grad():
+        model(ids_P[None])
+    for handle in handles:
+        handle.remove()
+    probs_TLE = torch.stack(maps, 1)
+    return Trace(
+        request_id="r",
+        source="test",
+        topic="",
+        topk_expert_ids_TLK=probs_TLE.topk(4).indices.numpy().astype(np.uint8),
+        num_prompt_tokens=num_prompt_tokens,
+        first_routed_position=0,
+        router_probs_TLE=probs_TLE.numpy(),
+        token_ids_P=ids_P.numpy().astype(np.int32),
+    )
+
+
+def test_the_running_model_makes_the_forecasts_that_a_replay_of_its_trace_makes(
+    model: Any, observed: Any
+) -> None:
+    """Forward pass n forecasts from exactly the rows before it: nothing from the future leaks."""
+    observer, predictor, forecasts = observed
+    output_P = generate(model, [[3, 1, 4, 1, 5]])[0]
+    observer.remove()
+    seen = predictor.tokens[:]
+    replayed = walk(predictor, trace_of(model, output_P[:-1], num_prompt_tokens=5))
+    expected = [replayed[t] for t in range(5, 9)]  # one forward pass for each of 4 decode steps
+    for mine, theirs in zip(forecasts, expected, strict=True):
+        torch.testing.assert_close(mine.forecast_LE, theirs.forecast_LE, rtol=0, atol=1e-5)
+    ids = output_P.tolist()
+    assert [(token, after) for _, token, after in seen] == list(zip(ids[:8], ids[1:9], strict=True))
+
+
+def test_padding_is_never_shown_and_rows_keep_their_pasts_apart(model: Any, observed: Any) -> None:
+    _, predictor, _ = observed
+    prompts = [[7, 8, 9], [5]]
+    output_BP = generate(model, prompts, num_new_tokens=3)
+    assert [request.token_ids_P.tolist() for request in predictor.requests] == prompts
+    states = list(dict.fromkeys(map(id, (state for state, _, _ in predictor.tokens))))
+    assert len(states) == 2
+    for row, (prompt, state) in enumerate(zip(prompts, states, strict=True)):
+        expected = [*prompt, *output_BP[row, 3:].tolist()]
+        shown = [(a, b) for s, a, b in predictor.tokens if id(s) == state]
+        assert shown == list(zip(expected[:-2], expected[1:-1], strict=True))
+
+
+def test_the_forecast_of_a_batch_is_the_mean_over_its_rows(model: Any, observed: Any) -> None:
+    _, _, forecasts = observed
+    generate(model, [[7, 8, 9]], num_new_tokens=2)
+    generate(model, [[5, 5, 6]], num_new_tokens=2)
+    alone = [forecasts[0].next_LE, forecasts[1].next_LE]
+    generate(model, [[7, 8, 9], [5, 5, 6]], num_new_tokens=2)
+    torch.testing.assert_close(forecasts[2].next_LE, (alone[0] + alone[1]) / 2)
+
+
+def test_each_generation_is_a_request_of_its_own(model: Any, observed: Any) -> None:
+    observer, predictor, _ = observed
+    generate(model, [[3, 1, 4]])
+    observer.begin_request("what the user wrote")
+    generate(model, [[2, 7]])
+    assert [request.prompt for request in predictor.requests] == [None, "what the user wrote"]
+    first, second = {id(s): s for s, _, _ in predictor.tokens}.values()
+    assert (first.num_tokens, second.num_tokens) == (3 + 4 - 1, 2 + 4 - 1)
+
+
+def test_naming_more_prompts_than_rows_is_refused(model: Any, observed: Any) -> None:
+    observed[0].begin_request("one", "two")
+    with pytest.raises(ValueError, match="named 2 prompts.*1 rows"):
+        generate(model, [[1, 2]])
+
+
+def test_embeddings_instead_of_ids_are_observed_without_ids(model: Any, observed: Any) -> None:
+    _, predictor, _ = observed
+    with torch.no_grad():
+        embeddings = model.get_input_embeddings()(torch.tensor([[1, 2, 3]]))
+        past = model(inputs_embeds=embeddings, use_cache=True).past_key_values
+        model(torch.tensor([[4]]), past_key_values=past)
+    assert predictor.requests[0].token_ids_P is None
+    assert [(a, b) for _, a, b in predictor.tokens] == [(None, None), (None, None), (None, 4)]
+
+
+def test_a_pass_that_was_broken_off_is_not_shown(model: Any, observed: Any) -> None:
+    _, predictor, _ = observed
+    past = model(torch.tensor([[1, 2]]), use_cache=True).past_key_values
+
+    def power_cut(module: Any, args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = moe_layers(model)[1].experts.register_forward_pre_hook(power_cut)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.tensor([[3]]), past_key_values=past)
+    handle.remove()
+    shown = len(predictor.tokens)
+    model(torch.tensor([[3]]), past_key_values=past)
+    assert len(predictor.tokens) == shown
+
+
+def test_removing_the_observer_removes_every_hook(model: Any) -> None:
+    before = [len(module._forward_hooks) for module in model.modules()]
+    predictor = Echo()
+    observer = Observer(
+        model=model, layers=moe_layers(model), predictor=predictor, on_forecast=print
+    )
+    observer.remove()
+    observer.remove()
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    assert not model._forward_pre_hooks
+    generate(model, [[1, 2]])
+    assert predictor.requests == []
