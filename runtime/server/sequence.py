@@ -1,0 +1,232 @@
+"""The engine's vocabulary: what is asked of it, what comes back, and who listens.
+
+Knows nothing of models, HTTP, JSON or asyncio.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from data.schema import MoESpec
+from runtime.server.sampling import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+Outcome = Literal["stop", "length", "abort", "error"]
+
+
+class ContextLengthError(ValueError):
+    """A prompt, or a prompt and the tokens asked for, do not fit the model's context."""
+
+
+class QueueFullError(RuntimeError):
+    """As many sequences are waiting as may wait; asking again later can help."""
+
+
+class EngineUnavailableError(RuntimeError):
+    """The engine has failed, or is shutting down and will not finish what was asked."""
+
+
+class ExpertStats(Protocol):
+    """What an offload has counted since it was attached; see `runtime.engine.OffloadStats`."""
+
+    @property
+    def hits(self) -> int:
+        """Experts found in a slot."""
+        ...
+
+    @property
+    def misses(self) -> int:
+        """Experts not found there, the streamed ones among them."""
+        ...
+
+    @property
+    def streamed(self) -> int:
+        """Misses without room for a slot, read in place."""
+        ...
+
+    @property
+    def evictions(self) -> int:
+        """Experts that gave up their slot."""
+        ...
+
+    @property
+    def miss_bytes(self) -> int:
+        """Bytes of all misses."""
+        ...
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that computing waited for experts."""
+        ...
+
+
+class ExpertOffload(Protocol):
+    """What the server needs of `runtime.engine.Offload`."""
+
+    @property
+    def spec(self) -> MoESpec:
+        """The model's MoE."""
+        ...
+
+    @property
+    def slots(self) -> Sequence[int]:
+        """Slots of each MoE layer."""
+        ...
+
+    def begin_request(self, *prompts: str) -> None:
+        """Say that new requests begin: forecasts are never made from another request's routing."""
+        ...
+
+    def stats(self) -> ExpertStats:
+        """The counters; safe to call from any thread."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One sequence to generate.
+
+    Args:
+        request_id: For the log.
+        prompt_ids: Token ids, at least one.
+        prompt_text: What they were made from, for predictors that read text; None to decode them.
+        max_tokens: At least 1. None: `default_max_tokens`, or less where the context is full.
+        default_max_tokens: See above; None for as many as the context holds.
+        sampling: How tokens are drawn.
+        stops: Strings that end the text and are not part of it.
+        ignore_eos: Generate past the end-of-sequence token (for benchmarks).
+        continues_prompt: Whether the text goes on where the prompt ends, or stands alone.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    prompt_text: str | None = None
+    max_tokens: int | None = None
+    default_max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stops: Sequence[str] = ()
+    ignore_eos: bool = False
+    continues_prompt: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of sequence ``index``; the last one has a finish reason.
+
+    ``text`` is what may be shown since the piece before: empty where a character or a possible
+    stop string is still open.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Sequence ``index`` ends without a finish reason."""
+
+    index: int
+    error: Exception
+
+
+Sink = Callable[[Piece | Failure], None]
+
+
+@dataclass(slots=True)
+class Timings:
+    """When things happened to one sequence, by ``time.perf_counter``."""
+
+    arrived_s: float
+    started_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+
+class Generation:
+    """One submitted sequence.
+
+    Attributes:
+        request: What was asked.
+        index: Its place among the sequences submitted together.
+        max_tokens: How many tokens it gets at most.
+        num_tokens: How many it has got.
+        timings: When; written by the engine.
+        sink: Where its pieces go.
+    """
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        *,
+        index: int,
+        max_tokens: int,
+        sink: Sink,
+        discard: "Callable[[Generation], None]",
+    ) -> None:
+        self.request = request
+        self.index = index
+        self.max_tokens = max_tokens
+        self.num_tokens = 0
+        self.timings = Timings(arrived_s=time.perf_counter())
+        self.sink = sink
+        self._discard = discard
+        self._cancelled = threading.Event()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the rest."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """Leave the queue, or stop after the token that is being computed.
+
+        Does nothing to a sequence that is done. May be called from any thread, and again.
+        """
+        self._cancelled.set()
+        self._discard(self)
+
+    def clock_token(self) -> float:
+        """Count a token that is just computed; return the seconds since the one before.
+
+        For the first token, those since arrival.
+        """
+        timings, now_s = self.timings, time.perf_counter()
+        since_s = now_s - (timings.last_token_s or timings.arrived_s)
+        timings.first_token_s = timings.first_token_s or now_s
+        timings.last_token_s = now_s
+        self.num_tokens += 1
+        return since_s
+
+
+class EngineObserver(Protocol):
+    """Hears what the engine does; called from its thread and others, must be quick and not raise.
+
+    `on_token` after each token, `on_end` once for each sequence, begun or not.
+    """
+
+    def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
+        """A forward pass is over and has given one token.
+
+        Args:
+            num_prompt_tokens: Prompt tokens that it read: 0 after a sequence's first token.
+            since_last_s: Seconds since the sequence's token before, or since its arrival.
+        """
+        ...
+
+    def on_end(self, generation: Generation, outcome: Outcome) -> None:
+        """A sequence is over."""
+        ...
+
+
+class NullObserver:
+    """For an engine that nobody measures."""
+
+    def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
+        """Ignore it."""
+
+    def on_end(self, generation: Generation, outcome: Outcome) -> None:
+        """Ignore it."""
