@@ -69,7 +69,7 @@ def slots_per_layer(
             f"{spec.describe()} can have {spec.top_k}..{spec.num_experts} slots per layer"
         )
     if budget_bytes is not None:
-        return (_affordable_slots(spec, parse_bytes(budget_bytes)),) * spec.num_layers
+        return (slots_for_bytes(parse_bytes(budget_bytes), spec),) * spec.num_layers
     given = (slots,) * spec.num_layers if isinstance(slots, int) else tuple(slots or ())
     if len(given) != spec.num_layers:
         raise ValueError(
@@ -84,13 +84,13 @@ def slots_per_layer(
     return given
 
 
-def _affordable_slots(spec: MoESpec, budget_bytes: int) -> int:
-    if spec.expert_bytes_per_layer is None:
-        raise ValueError(
-            f"budget_bytes: the spec of {spec.describe()} does not say what an expert weighs; "
-            "give slots instead"
-        )
-    bytes_per_slot = sum(spec.expert_bytes_per_layer)
+def slots_for_bytes(budget_bytes: int, spec: MoESpec) -> int:
+    """The most slots per layer, the same in all layers, that ``budget_bytes`` pays for.
+
+    Raises:
+        ValueError: The sizes are unknown, or one token's experts would not fit.
+    """
+    bytes_per_slot = working_set_bytes(spec, num_experts=1)
     num_slots = budget_bytes // bytes_per_slot
     if num_slots < spec.top_k:
         raise ValueError(
@@ -101,6 +101,31 @@ def _affordable_slots(spec: MoESpec, budget_bytes: int) -> int:
     if num_slots > spec.num_experts:
         logger.info("The budget of %d bytes holds every expert", budget_bytes)
     return min(num_slots, spec.num_experts)
+
+
+def bytes_for_slots(slots: int, spec: MoESpec) -> int | None:
+    """Bytes of ``slots`` experts in every layer; None if the spec does not know their sizes."""
+    if spec.expert_bytes_per_layer is None:
+        return None
+    return slots * sum(spec.expert_bytes_per_layer)
+
+
+def working_set_bytes(spec: MoESpec, *, num_experts: int | None = None) -> int:
+    """What one token touches: its K experts (or ``num_experts`` of them) in every layer.
+
+    A pool with a global LRU that is smaller hits nothing in decode: each expert is evicted before
+    the layer comes round again (the LRU floor).
+
+    Raises:
+        ValueError: The sizes are unknown.
+    """
+    if spec.expert_bytes_per_layer is None:
+        raise ValueError(
+            f"budget_bytes: the spec of {spec.describe()} does not say what an expert weighs; "
+            "give slots instead"
+        )
+    count = spec.top_k if num_experts is None else num_experts
+    return count * sum(spec.expert_bytes_per_layer)
 
 
 def slots_at(residency: float, spec: MoESpec) -> int:
