@@ -33,11 +33,11 @@ from data.store_manifest import (
     FOOTER_KEY,
     MANIFEST,
     SCHEMA_VERSION,
+    CollectSettings,
     Footer,
     Manifest,
     ProbsKind,
     RequestEntry,
-    Sampling,
     ShardEntry,
     StoreInputs,
     read_footer,
@@ -46,7 +46,7 @@ from data.store_manifest import (
 )
 from data.store_rows import check, features_of, one_row, trace_digest, value_of
 
-__all__ = ["MANIFEST", "Sampling", "StoreInputs", "TraceStore", "TraceStoreWriter"]
+__all__ = ["MANIFEST", "CollectSettings", "StoreInputs", "TraceStore", "TraceStoreWriter"]
 
 _OPEN_SHARDS = 16  # memory-mapped files held open by a reader
 

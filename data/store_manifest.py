@@ -26,15 +26,30 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-class Sampling(_Strict):
-    """How the requests were cut, batched and continued."""
+class CollectSettings(_Strict):
+    """How requests are cut, batched, continued and recorded.
 
-    max_prompt_tokens: int
-    max_new_tokens: int
-    batch_size: int  # the last bits of a float depend on the batch
-    temperature: float
-    top_p: float
-    seed: int
+    Attributes:
+        max_prompt_tokens: Longer prompts are cut behind this many tokens.
+        max_new_tokens: How many tokens to generate at most; 0 observes the prompts alone.
+        batch_size: Requests that run together. The last bits of a float depend on it.
+        temperature: 0 decodes greedily.
+        top_p: Sample among the likeliest tokens that together have this probability.
+        seed: Of sampling, and of the split.
+        keep_router_probs: Record the probabilities of all E experts, not only of the K that ran:
+            FineMoE's expert maps, at E/K times the size.
+
+    Raises:
+        ValueError: A value is out of range (pydantic's ValidationError, which names it).
+    """
+
+    max_prompt_tokens: int = pydantic.Field(default=96, ge=1)
+    max_new_tokens: int = pydantic.Field(default=32, ge=0)
+    batch_size: int = pydantic.Field(default=16, ge=1)
+    temperature: float = pydantic.Field(default=0.0, ge=0.0)
+    top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
+    seed: int = 0
+    keep_router_probs: bool = False
 
 
 def _to_spec(value: Any) -> MoESpec:
@@ -56,9 +71,8 @@ class StoreInputs(_Strict):
         dtype: What the model ran in.
         source: Name of the prompts' source.
         source_digest: Digest of its content.
-        sampling: How requests were continued.
+        settings: How requests were cut, batched, continued and recorded.
         probs_kind: What the recorded probabilities are.
-        keep_router_probs: Whether all E probabilities were recorded, or only those of the K.
         requests_per_shard: How requests are cut into shards.
     """
 
@@ -70,9 +84,8 @@ class StoreInputs(_Strict):
     dtype: str
     source: str
     source_digest: str
-    sampling: Sampling
+    settings: CollectSettings
     probs_kind: ProbsKind
-    keep_router_probs: bool
     requests_per_shard: int
 
 

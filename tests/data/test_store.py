@@ -13,12 +13,10 @@ from hypothesis import strategies as st
 from data.errors import DamagedFileError, OutputExistsError
 from data.importers import load_traces
 from data.schema import MoESpec, Split, Trace
-from data.store import MANIFEST, Sampling, StoreInputs, TraceStore, TraceStoreWriter
+from data.store import MANIFEST, CollectSettings, StoreInputs, TraceStore, TraceStoreWriter
 
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
-SAMPLING = Sampling(
-    max_prompt_tokens=8, max_new_tokens=4, batch_size=2, temperature=0.0, top_p=1.0, seed=0
-)
+SETTINGS = CollectSettings(max_prompt_tokens=8, max_new_tokens=4, batch_size=2)
 
 
 def inputs(*, num_experts: int = EXPERTS, **changes: Any) -> StoreInputs:
@@ -36,9 +34,8 @@ def inputs(*, num_experts: int = EXPERTS, **changes: Any) -> StoreInputs:
         "dtype": "float32",
         "source": "fake",
         "source_digest": "1" * 64,
-        "sampling": SAMPLING,
+        "settings": SETTINGS,
         "probs_kind": "softmax",
-        "keep_router_probs": True,
         "requests_per_shard": 2,
     }
     return StoreInputs(**{**values, **changes})
@@ -214,11 +211,11 @@ def test_a_store_of_other_inputs_is_refused_with_the_difference(
     if not complete:
         (tmp_path / MANIFEST).unlink()
     before = contents(tmp_path)
-    longer = SAMPLING.model_copy(update={"max_new_tokens": 9})
+    longer = SETTINGS.model_copy(update={"max_new_tokens": 9})
     with pytest.raises(OutputExistsError) as error:
-        TraceStoreWriter(tmp_path, inputs(sampling=longer, dtype="bfloat16"), split_of(traces))
+        TraceStoreWriter(tmp_path, inputs(settings=longer, dtype="bfloat16"), split_of(traces))
     assert "dtype is 'float32' there and 'bfloat16' here" in str(error.value)
-    assert "sampling.max_new_tokens is 4 there and 9 here" in str(error.value)
+    assert "settings.max_new_tokens is 4 there and 9 here" in str(error.value)
     with pytest.raises(OutputExistsError, match="requests and their split is .* there and .* here"):
         TraceStoreWriter(tmp_path, inputs(), split_of(traces[:1]))
     assert contents(tmp_path) == before
