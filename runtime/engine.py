@@ -8,7 +8,7 @@ the cache: every expert that these tokens need in this layer is found, loaded or
 
 The engine only connects: what to keep is decided by the cache and its policy (the same objects as
 in the simulator), bytes are moved and experts computed by an `ExpertExecutor`, forecasts come from
-a predictor through an `Observer`. No gradient flows through offloaded experts.
+a predictor through an `Observer`. One forward pass at a time; no gradient flows through it.
 
 Shape letters: T tokens · L MoE layers · K experts per token · D hidden · C slots.
 """

@@ -29,7 +29,7 @@ CACHE_POLICIES = ("fifo", "lru", "lfu", "lfru")
 
 
 class Habit(Predictor):
-    """Expects what the last tokens used: an exponential average of their expert maps."""
+    """Expects the last token's map next, and afterwards an exponential average of all maps."""
 
     kind = "habit"
     moments = frozenset({"token"})
@@ -48,8 +48,9 @@ class Habit(Predictor):
         token_id: int | None = None,
         next_token_id: int | None = None,
     ) -> Forecast | None:
-        past = state.forecast.next_LE if state.forecast else torch.zeros_like(expert_map_LE)
-        state.forecast = Forecast.stationary(0.7 * past + 0.3 * expert_map_LE, gamma=self.gamma)
+        past_LE = later_use(state.forecast) if state.forecast else torch.zeros_like(expert_map_LE)
+        later_LE = 0.7 * past_LE + 0.3 * expert_map_LE
+        state.forecast = Forecast(expert_map_LE, expert_map_LE + later_LE)
         return state.forecast
 
     def config(self) -> dict[str, Any]:
