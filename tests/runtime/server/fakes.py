@@ -1,4 +1,4 @@
-"""A model that says what the test wants, an engine to hear it, and a way to wait."""
+"""A model that says what the test wants, ways to listen and to wait, and what /metrics says."""
 
 import queue
 import threading
@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
 from transformers import GenerationConfig, Qwen3MoeConfig
 
 from data.schema import MoESpec
@@ -64,8 +66,8 @@ class ScriptedModel:
             self._cache, self._position = past_key_values, 0
         token_id = self.script[min(self._position, len(self.script) - 1)]
         self._position += 1
-        logits = torch.zeros((1, 1, self.config.vocab_size))
-        logits[..., token_id] = 100.0
+        logits = torch.zeros((1, input_ids.shape[1], self.config.vocab_size))
+        logits[0, -1, token_id] = 100.0
         return SimpleNamespace(logits=logits)
 
     __call__ = forward
@@ -151,3 +153,14 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline_s, "it never happened"
         time.sleep(0.005)
+
+
+def samples(client: TestClient) -> dict[str, float]:
+    """Every sample of /metrics, by its name and the labels beside the model's."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            assert sample.labels.pop("model_name")
+            labels = ",".join(f"{key}={value}" for key, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found

@@ -111,7 +111,7 @@ def test_the_end_of_sequence_token_ends_the_text_and_is_counted(
     ids = tokenizer("all done", add_special_tokens=False).input_ids
     eos = tokenizer.eos_token_id
     engine = start(ScriptedModel([*ids, eos], eos_id=eos))
-    assert generate(engine, [10], max_tokens=50) == ([*ids, eos], "all done", "stop")
+    assert generate(engine, [10, 11], max_tokens=50) == ([*ids, eos], "all done", "stop")
     got, text, reason = generate(engine, [10], max_tokens=50, ignore_eos=True)
     assert (len(got), text, reason) == (50, "all done", "length")
 
