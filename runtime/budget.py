@@ -8,10 +8,15 @@ Shape letters: L MoE layers · E experts per layer · K experts per token · C s
 import logging
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from data.schema import MoESpec
 
 logger = logging.getLogger(__name__)
+
+Scope = Literal["layer", "global"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _UNITS = {
     "B": 1,
@@ -126,6 +131,67 @@ def working_set_bytes(spec: MoESpec, *, num_experts: int | None = None) -> int:
         )
     count = spec.top_k if num_experts is None else num_experts
     return count * sum(spec.expert_bytes_per_layer)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Budget:
+    """What a cache may hold.
+
+    Args:
+        slots: In every layer; None for a pool whose size was given in bytes.
+        budget_bytes: Of all layers; None where the experts' sizes are not known.
+    """
+
+    slots: int | None
+    budget_bytes: int | None
+
+
+def parse_budgets(
+    spec: MoESpec,
+    *,
+    slots: Sequence[int] = (),
+    budget_bytes: Sequence[int] = (),
+    scope: Scope = "layer",
+) -> list[Budget]:
+    """Check budgets given one way or the other, and say them both ways where that is possible.
+
+    A pool (scope "global") of n slots has the bytes of n experts in every layer; a byte budget for
+    scope "layer" is cut into the same number of slots in all layers.
+
+    Raises:
+        ValueError: Both ways or neither were used, or a budget is too small, too large or unknown.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r}: must be one of {', '.join(SCOPES)}")
+    if bool(slots) == bool(budget_bytes):
+        given = "both were" if slots else "neither was"
+        raise ValueError(f"give either slots or budget_bytes; {given} given")
+    for count in slots:
+        slots_per_layer(spec, slots=count)
+    if slots:
+        return [Budget(slots=n, budget_bytes=bytes_for_slots(n, spec)) for n in slots]
+    if scope == "layer":
+        return [Budget(slots=slots_for_bytes(n, spec), budget_bytes=n) for n in budget_bytes]
+    for count in budget_bytes:
+        _check_pool(count, spec)
+    return [Budget(slots=None, budget_bytes=count) for count in budget_bytes]
+
+
+def _check_pool(budget_bytes: int, spec: MoESpec) -> None:
+    floor_bytes = working_set_bytes(spec)
+    event_bytes = spec.top_k * max(spec.expert_bytes_per_layer or ())
+    if budget_bytes < event_bytes:
+        raise ValueError(
+            f"budget_bytes={budget_bytes}: one token needs top-{spec.top_k} experts of a layer at "
+            f"once, {event_bytes} bytes"
+        )
+    if budget_bytes < floor_bytes:
+        logger.warning(
+            "budget_bytes=%d is below one token's working set of %d bytes: "
+            "a global LRU hits nothing in decode",
+            budget_bytes,
+            floor_bytes,
+        )
 
 
 def slots_at(residency: float, spec: MoESpec) -> int:
