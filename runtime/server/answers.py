@@ -23,6 +23,7 @@ from runtime.server.protocol import (
     ChatMessage,
     Completion,
     CompletionChoice,
+    StreamOptions,
     Usage,
 )
 from runtime.server.sequence import (
@@ -170,34 +171,41 @@ class Answer:
         """
         texts = [""] * len(self._generations)
         reasons: dict[int, FinishReason] = {}
+        num_pieces = 0
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
+                num_pieces += 1
                 texts[piece.index] += piece.text
                 if piece.finish_reason is not None:
                     reasons[piece.index] = piece.finish_reason
         in_order = [reasons[i] for i in range(len(texts))]
-        return self._form.whole(texts, in_order, usage=self._usage(), **self._head)
+        return self._form.whole(texts, in_order, usage=self._usage(num_pieces), **self._head)
 
-    async def events(self, *, include_usage: bool) -> AsyncGenerator[str, None]:
+    async def events(self, options: StreamOptions) -> AsyncGenerator[str, None]:
         """Server-sent events: one per token, then the usage if wanted, then ``[DONE]``.
 
-        With ``include_usage`` the other events say ``usage: null``, else they do not mention it.
-        A failure arrives as an event in the error form, since the status line has long been sent.
+        With ``include_usage`` the events of tokens say ``usage: null``, or with
+        ``continuous_usage_stats`` the usage so far; else they do not mention it. A failure arrives
+        as an event in the error form, since the status line has long been sent.
         """
-        left_out = None if include_usage else {"usage"}
+        left_out = None if options.include_usage else {"usage"}
         begun: set[int] = set()
+        num_pieces = 0
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
+                    num_pieces += 1
                     is_first = piece.index not in begun
                     begun.add(piece.index)
-                    chunk = self._form.chunk(piece, is_first=is_first, usage=None, **self._head)
+                    usage = self._usage(num_pieces) if options.continuous_usage_stats else None
+                    chunk = self._form.chunk(piece, is_first=is_first, usage=usage, **self._head)
                     yield f"data: {chunk.model_dump_json(exclude=left_out)}\n\n"
         except APIError as error:
             yield f"data: {json.dumps(error.body)}\n\n"
         else:
-            if include_usage:
-                chunk = self._form.chunk(None, is_first=False, usage=self._usage(), **self._head)
+            if options.include_usage:
+                usage = self._usage(num_pieces)
+                chunk = self._form.chunk(None, is_first=False, usage=usage, **self._head)
                 yield f"data: {chunk.model_dump_json()}\n\n"
         yield _DONE
 
@@ -213,8 +221,7 @@ class Answer:
         finally:
             self.cancel()
 
-    def _usage(self) -> Usage:
-        num_generated = sum(generation.num_tokens for generation in self._generations)
+    def _usage(self, num_generated: int) -> Usage:
         return Usage(
             prompt_tokens=self._num_prompt_tokens,
             completion_tokens=num_generated,
@@ -229,9 +236,9 @@ class EventStream(StreamingResponse):
     is never begun, and so never closed.
     """
 
-    def __init__(self, answer: Answer, *, include_usage: bool) -> None:
+    def __init__(self, answer: Answer, options: StreamOptions) -> None:
         super().__init__(
-            answer.events(include_usage=include_usage),
+            answer.events(options),
             media_type="text/event-stream",
             # Proxies must not hold tokens back.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},

@@ -39,6 +39,7 @@ from runtime.server.protocol import (
     GenerationBody,
     ModelCard,
     ModelList,
+    StreamOptions,
 )
 from runtime.server.sequence import (
     ContextLengthError,
@@ -154,8 +155,7 @@ def create_app(engine: GenerationEngine, *, model_name: str) -> FastAPI:
             num_prompt_tokens=sum(len(s.prompt_ids) for s in sequences[:: body.n]),
         )
         if body.stream:
-            options = body.stream_options
-            return EventStream(reply, include_usage=options is not None and options.include_usage)
+            return EventStream(reply, body.stream_options or StreamOptions())
         whole = await whole_unless_gone(reply, request.receive)
         if whole is None:
             return Response(status_code=_CLIENT_GONE)

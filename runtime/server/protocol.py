@@ -96,13 +96,14 @@ def _valid_text(text: str) -> str:
 
 
 class StreamOptions(BaseModel):
-    """What a stream carries besides the answer."""
+    """What a stream carries besides the answer; ``continuous_usage_stats`` is vLLM's."""
 
     model_config = ConfigDict(extra="forbid")
 
     include_usage: Annotated[StrictBool, _null_is(False)] = False
+    continuous_usage_stats: Annotated[StrictBool, _null_is(False)] = False
+
     include_obfuscation: Annotated[Any, _only(False)] = None
-    continuous_usage_stats: Annotated[Any, _only(False)] = None
 
 
 _PositiveInt = Annotated[int, Field(strict=True, ge=1)]

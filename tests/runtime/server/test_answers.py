@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from runtime.server.answers import Answer, CompletionForm, EventStream, Inbox, whole_unless_gone
+from runtime.server.protocol import StreamOptions
 from runtime.server.sequence import Failure, Generation, Piece
 from tests.runtime.server.fakes import request
 
@@ -34,7 +35,7 @@ def test_a_client_that_goes_before_the_first_event_is_noticed() -> None:
 
     async def send_to_nobody() -> list[Generation]:
         reply, generations = answer(Inbox())
-        stream = EventStream(reply, include_usage=False)
+        stream = EventStream(reply, StreamOptions())
         await stream({"type": "http"}, hung_up, never)
         return generations
 
@@ -57,7 +58,9 @@ def test_one_failure_ends_the_answer_and_cancels_the_other_sequences() -> None:
         reply, generations = answer(inbox, num_sequences=3)
         inbox.put(Piece(0, 7, "a", "stop"))
         inbox.put(Failure(1, RuntimeError("no memory")))
-        return [event async for event in reply.events(include_usage=True)], generations
+        return [
+            event async for event in reply.events(StreamOptions(include_usage=True))
+        ], generations
 
     events, generations = asyncio.run(fail_second())
     assert [("no memory" in event, "[DONE]" in event) for event in events] == [
@@ -81,7 +84,7 @@ def test_only_those_who_ask_see_the_usage(include_usage: bool) -> None:
         inbox = Inbox()
         reply, _ = answer(inbox)
         inbox.put(Piece(0, 7, "a", "stop"))
-        return [event async for event in reply.events(include_usage=include_usage)]
+        return [event async for event in reply.events(StreamOptions(include_usage=include_usage))]
 
     events = asyncio.run(stream())
     assert len(events) == (3 if include_usage else 2)

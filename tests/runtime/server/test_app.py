@@ -148,6 +148,15 @@ def test_usage_comes_last_and_without_choices(serve: Serve, tokenizer: Any) -> N
         assert len(chunks) == last["usage"]["completion_tokens"]
 
 
+def test_usage_so_far_comes_with_each_chunk_if_wanted(serve: Serve, tokenizer: Any) -> None:
+    client = serve(say(tokenizer, "Hello!"))
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(complete(client, stream=True, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == list(range(1, len(chunks) + 1))
+    assert last["usage"] == chunks[-1]["usage"]
+
+
 def test_stream_and_whole_agree_on_the_embedded_model(tiny: TestClient) -> None:
     asks = [{"temperature": 0}, {"seed": 3, "temperature": 0.9}, {"temperature": 0, "stop": "e"}]
     for options in asks:

@@ -279,10 +279,10 @@ def test_shutdown_at_its_deadline_tells_those_that_are_cut_off(start: Start) -> 
         wait_until(lambda: engine.state == "stopped")
         model.let(1)
 
-    helper = threading.Thread(target=compute_once_the_deadline_is_over)
-    helper.start()
+    late = threading.Thread(target=compute_once_the_deadline_is_over)
+    late.start()
     engine.shutdown(drain_s=0.01)
-    helper.join()
+    late.join()
     for listener in (running, waiting):
         end = listener.until_end()[-1]
         assert isinstance(end, Failure)
