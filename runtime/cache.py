@@ -33,12 +33,10 @@ import torch
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage
+from runtime.selection import MAX_EXPERTS, count, hand_on_slots, lowest
 
 EventKind = Literal["hit", "hit_pending", "miss", "evict", "prefetch", "wasted", "streamed"]
 """``hit_pending`` is reserved for runtimes with asynchronous copies; this cache never emits it."""
-
-_ID_BITS = 20  # of a sort key: room for 2**20 experts in a pool
-_LAST_KEY = torch.iinfo(torch.int64).max  # behind every expert
 
 
 class Event(NamedTuple):
@@ -51,9 +49,10 @@ class Event(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What one event changed; bool tensors of the cache's shape ([..., E] for a single layer).
+    """What one event changed; masks are bool, of the cache's shape ([..., E] for a single layer).
 
-    hit_LE and the misses (insert_LE | streamed_LE) say what was found at router time.
+    hit_LE and the misses (insert_LE | streamed_LE) say what was found at router time. The counts
+    (int64 [..., L, 1], or [..., 1]) are the sums of their masks.
     """
 
     hit_LE: Tensor  # needed and resident before the step
@@ -62,6 +61,10 @@ class Step(NamedTuple):
     streamed_LE: Tensor  # needed, absent and without room: read it in place
     wasted_LE: Tensor | None  # evicted, prefetched and never used; None without prefetch
     slot_of_LE: Tensor | None  # int64 slot of each expert after the step, -1 = none; the live state
+    num_hits_L1: Tensor
+    num_inserts_L1: Tensor
+    num_evictions_L1: Tensor
+    num_streamed_L1: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +77,14 @@ class _State:
     bytes_LE: Tensor | None
     slot_of_LE: Tensor | None
     prefetched_LE: Tensor | None  # resident, by prefetch, and not used yet
+
+    def sizes(self, mask_LE: Tensor) -> Tensor:
+        """What each marked expert takes: its slot, or its bytes."""
+        return mask_LE if self.bytes_LE is None else mask_LE * self.bytes_LE
+
+    def units(self, mask_LE: Tensor) -> Tensor:
+        """What the marked experts of each layer take together, [..., L, 1]."""
+        return count(self.sizes(mask_LE))
 
     def layer(self, layer: int) -> "_State":
         def views(owner: Any, *without: str) -> dict[str, Any]:
@@ -128,10 +139,10 @@ class ExpertCache:
         record_events: bool = False,
         device: torch.device | str = "cpu",
     ) -> None:
-        if num_layers < 1 or not 1 <= num_experts < 1 << _ID_BITS:
+        if num_layers < 1 or not 1 <= num_experts <= MAX_EXPERTS:
             raise ValueError(
                 f"{num_layers} layers x {num_experts} experts: at least 1 layer, "
-                f"and 1..{(1 << _ID_BITS) - 1} experts"
+                f"and 1..{MAX_EXPERTS} experts"
             )
         if (slots is None) == (budget_bytes is None):
             raise ValueError("give either slots or budget_bytes")
@@ -195,7 +206,6 @@ class ExpertCache:
         )
         self._layers = [self._state.layer(layer) for layer in range(num_layers)]
         self._ids_E = torch.arange(num_experts, device=device)
-        self._last_key = torch.tensor(_LAST_KEY, device=device)
 
     @property
     def usage(self) -> Usage:
@@ -254,32 +264,34 @@ class ExpertCache:
             uses_LE.mul_(0.5 ** (1.0 / half_life)).add_(needed_LE)
 
         hit_LE = resident_LE & needed_LE
-        miss_LE = needed_LE > resident_LE
+        insert_LE = miss_LE = needed_LE > resident_LE
         evictable_LE = resident_LE > needed_LE
         keep_LE = policy.keep_scores(usage, forecast_LE)
+        num_needed_L1, num_misses_L1 = count(needed_LE), count(miss_LE)
 
-        insert_LE = miss_LE
         if max_needed * self._max_bytes > self._min_units:  # else everything needed always fits
-            room_L1 = state.capacity_L1 - _units(hit_LE, state.bytes_LE).sum(-1, keepdim=True)
-            insert_LE = miss_LE & (_units(miss_LE, state.bytes_LE).cumsum(-1) <= room_L1)
+            room_L1 = state.capacity_L1 - state.units(hit_LE)
+            insert_LE = miss_LE & (state.sizes(miss_LE).cumsum(-1) <= room_L1)
         streamed_LE = miss_LE ^ insert_LE
-        inserted_L1 = _units(insert_LE, state.bytes_LE).sum(-1, keepdim=True)
-        over_L1 = state.used_L1 + inserted_L1 - state.capacity_L1
+        num_inserts_L1 = num_misses_L1 if insert_LE is miss_LE else count(insert_LE)
+        units_in_L1 = num_inserts_L1 if state.bytes_LE is None else state.units(insert_LE)
+        over_L1 = state.used_L1 + units_in_L1 - state.capacity_L1
         # Each victim frees at least the smallest expert, so that this many always suffice.
         most_victims = -(-max_needed * self._max_bytes // self._min_bytes)
-        victim_LV = self._lowest(keep_LE, evictable_LE, most_victims)
+        victim_LV = lowest(keep_LE, evictable_LE, most_victims)
         if state.bytes_LE is None:
             take_LV = self._ids_E[: victim_LV.shape[-1]] < over_L1
-            freed_L1 = over_L1.clamp(min=0)
+            units_out_L1 = num_evictions_L1 = over_L1.clamp(min=0)
         else:
             bytes_LV = state.bytes_LE.gather(-1, victim_LV)
             take_LV = bytes_LV.cumsum(-1) - bytes_LV < over_L1
-            freed_L1 = (bytes_LV * take_LV).sum(-1, keepdim=True)
+            units_out_L1 = (bytes_LV * take_LV).sum(-1, keepdim=True)
+            num_evictions_L1 = count(take_LV)
         evict_LE = torch.zeros_like(resident_LE).scatter_(-1, victim_LV, take_LV)
         wasted_LE = None if state.prefetched_LE is None else evict_LE & state.prefetched_LE
         if state.prefetched_LE is not None:
             state.prefetched_LE.logical_and_(~needed_LE)
-        self._apply(state, insert_LE, evict_LE, inserted_L1 - freed_L1)
+        self._apply(state, insert_LE, evict_LE, units_in_L1 - units_out_L1)
         if self.record_events:
             self._record(
                 layer,
@@ -289,7 +301,18 @@ class ExpertCache:
                 wasted=wasted_LE,
                 streamed=streamed_LE,
             )
-        return Step(hit_LE, insert_LE, evict_LE, streamed_LE, wasted_LE, state.slot_of_LE)
+        return Step(
+            hit_LE,
+            insert_LE,
+            evict_LE,
+            streamed_LE,
+            wasted_LE,
+            state.slot_of_LE,
+            num_needed_L1 - num_misses_L1,
+            num_inserts_L1,
+            num_evictions_L1,
+            num_misses_L1 - num_inserts_L1,
+        )
 
     def prefetch(
         self,
@@ -330,8 +353,8 @@ class ExpertCache:
         candidate_LE = want_LE > resident_LE
         evictable_LE = resident_LE if protected_LE is None else resident_LE > protected_LE
         forecast_LE = forecast_LE.expand(resident_LE.shape)
-        newcomer_LV = self._lowest(-forecast_LE, candidate_LE, max_fetches)
-        victim_LV = self._lowest(forecast_LE, evictable_LE, max_fetches)
+        newcomer_LV = lowest(-forecast_LE, candidate_LE, max_fetches)
+        victim_LV = lowest(forecast_LE, evictable_LE, max_fetches)
         rank_V = self._ids_E[:max_fetches]
         # Newcomer j takes a free slot, or the place of victim j - free.
         free_L1 = state.capacity_L1 - state.used_L1
@@ -340,25 +363,36 @@ class ExpertCache:
             forecast_LE.gather(-1, newcomer_LV) > forecast_LE.gather(-1, victim_of_LV) + margin
         ) & evictable_LE.gather(-1, victim_of_LV)
         come_LV = candidate_LE.gather(-1, newcomer_LV) & ((rank_V < free_L1) | beats_LV)
-        num_victims_L1 = (come_LV.sum(-1, keepdim=True) - free_L1).clamp(min=0)
+        num_inserts_L1 = count(come_LV)
+        num_victims_L1 = (num_inserts_L1 - free_L1).clamp(min=0)
         none_LE = torch.zeros_like(resident_LE)
         insert_LE = none_LE.scatter(-1, newcomer_LV, come_LV)
         evict_LE = none_LE.scatter(-1, victim_LV, rank_V < num_victims_L1)
         wasted_LE = evict_LE & state.prefetched_LE
-        self._apply(state, insert_LE, evict_LE, come_LV.sum(-1, keepdim=True) - num_victims_L1)
+        self._apply(state, insert_LE, evict_LE, num_inserts_L1 - num_victims_L1)
         state.prefetched_LE.logical_or_(insert_LE)
         usage = state.usage
         torch.where(insert_LE, usage.step_L1, usage.last_use_LE, out=usage.last_use_LE)
         if self.record_events:
             self._record(layer, prefetch=insert_LE, evict=evict_LE, wasted=wasted_LE)
-        return Step(none_LE, insert_LE, evict_LE, none_LE, wasted_LE, state.slot_of_LE)
+        none_L1 = torch.zeros_like(num_inserts_L1)
+        return Step(
+            none_LE,
+            insert_LE,
+            evict_LE,
+            none_LE,
+            wasted_LE,
+            state.slot_of_LE,
+            none_L1,
+            num_inserts_L1,
+            num_victims_L1,
+            none_L1,
+        )
 
     def check_integrity(self) -> None:
         """AssertionError if the books do not balance; for tests and idle moments."""
         state, resident_LE = self._state, self.usage.resident_LE
-        assert bool(
-            (_units(resident_LE, state.bytes_LE).sum(-1, keepdim=True) == state.used_L1).all()
-        ), "used != residents"
+        assert bool((state.units(resident_LE) == state.used_L1).all()), "used != residents"
         assert bool((state.used_L1 <= state.capacity_L1).all()), "more residents than room"
         if state.slot_of_LE is not None:
             num_L1 = resident_LE.sum(-1, keepdim=True)
@@ -369,24 +403,11 @@ class ExpertCache:
         if state.prefetched_LE is not None:
             assert bool((state.prefetched_LE <= resident_LE).all()), "prefetched but not resident"
 
-    def _lowest(self, score_LE: Tensor, allowed_LE: Tensor, most: int) -> Tensor:
-        """Ids [..., V] of the V = min(most, E) allowed experts of lowest score, lowest first.
-
-        Where fewer are allowed, the rest of the V ids are arbitrary.
-        """
-        # Distinct integers in the order of (score, id): topk leaves the order of ties open, and
-        # adding +0.0 makes -0.0 equal to 0.0. As integers, negative floats sort backwards.
-        bits_LE = (score_LE + 0.0).view(torch.int32)
-        ordered_LE = bits_LE ^ ((bits_LE >> 31) & 0x7FFFFFFF)
-        key_LE = (ordered_LE.long() << _ID_BITS) | self._ids_E
-        masked_LE = torch.where(allowed_LE, key_LE, self._last_key)
-        return masked_LE.topk(min(most, self.num_experts), dim=-1, largest=False).indices
-
     def _apply(self, state: _State, insert_LE: Tensor, evict_LE: Tensor, change_L1: Tensor) -> None:
         """Move the books: slots, residency, units in use."""
         usage = state.usage
         if state.slot_of_LE is not None:
-            _hand_on_slots(state.slot_of_LE, insert_LE, evict_LE, state.used_L1, self._ids_E)
+            hand_on_slots(state.slot_of_LE, insert_LE, evict_LE, state.used_L1)
         usage.resident_LE.logical_xor_(evict_LE).logical_or_(insert_LE)
         state.used_L1.add_(change_L1)
         if "inserted" in self.policy.uses:
@@ -404,25 +425,3 @@ class ExpertCache:
                 mask_E = mask[index] if layer is None else mask
                 experts = mask_E.nonzero().flatten().tolist()
                 self.events.extend(Event(step, index, kind, expert) for expert in experts)  # type: ignore[arg-type]
-
-
-def _units(mask_LE: Tensor, bytes_LE: Tensor | None) -> Tensor:
-    """What each marked expert takes: its slot, or its bytes."""
-    return mask_LE if bytes_LE is None else mask_LE * bytes_LE
-
-
-def _hand_on_slots(
-    slot_of_LE: Tensor, insert_LE: Tensor, evict_LE: Tensor, used_L1: Tensor, ids_E: Tensor
-) -> None:
-    """Give newcomers the free slots, then the victims' (order: module docstring), in place."""
-    num_free_taken_L1 = insert_LE.sum(-1, keepdim=True) - evict_LE.sum(-1, keepdim=True)
-    # The j-th newcomer's slot is offered_LE[j]: used, used+1, ... and then the victims' slots.
-    # Column E collects what is written for experts that are no victims.
-    num_experts = ids_E.shape[0]
-    offered_LE = used_L1 + torch.nn.functional.pad(ids_E, (0, 1))
-    place_LE = evict_LE.cumsum(-1) - 1 + num_free_taken_L1
-    place_LE = place_LE.masked_fill(~evict_LE, num_experts)
-    offered_LE = offered_LE.scatter_(-1, place_LE, slot_of_LE)
-    new_slot_LE = offered_LE.gather(-1, (insert_LE.cumsum(-1) - 1).clamp(min=0))
-    slot_of_LE.masked_fill_(evict_LE, -1)
-    torch.where(insert_LE, new_slot_LE, slot_of_LE, out=slot_of_LE)

@@ -77,7 +77,7 @@ class Policy(ABC):
     """
 
     name: ClassVar[str]
-    uses: ClassVar[frozenset[UsageField]] = frozenset()
+    uses: frozenset[UsageField] = frozenset()
     half_lives: tuple[float, ...] = ()
     foresight: ClassVar[Foresight] = "none"
 

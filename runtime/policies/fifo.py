@@ -1,7 +1,5 @@
 """First in, first out: the baseline that looks at nothing but arrival."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage, UsageField
@@ -11,7 +9,7 @@ class Fifo(Policy):
     """Keep what arrived last."""
 
     name = "fifo"
-    uses: ClassVar[frozenset[UsageField]] = frozenset({"inserted"})
+    uses: frozenset[UsageField] = frozenset({"inserted"})
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """Minus the steps since insertion: relative, since float32 is exact only up to 2**24."""

@@ -1,7 +1,5 @@
 """Least frequently and recently used: the best heuristic known for expert caches."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage, UsageField
@@ -15,7 +13,7 @@ class Lfru(Policy):
     """
 
     name = "lfru"
-    uses: ClassVar[frozenset[UsageField]] = frozenset({"last_use", "use_count"})
+    uses: frozenset[UsageField] = frozenset({"last_use", "use_count"})
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """``count / (age + 1)``."""

@@ -1,7 +1,5 @@
 """Least frequently used, over the whole past."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage, UsageField
@@ -16,7 +14,7 @@ class Lfu(Policy):
     """
 
     name = "lfu"
-    uses: ClassVar[frozenset[UsageField]] = frozenset({"last_use", "use_count"})
+    uses: frozenset[UsageField] = frozenset({"last_use", "use_count"})
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """The count, plus a recency term below 1/2 that can only order equal counts."""

@@ -1,7 +1,5 @@
 """Least recently used: what nearly every offloading engine ships."""
 
-from typing import ClassVar
-
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage, UsageField
@@ -11,7 +9,7 @@ class Lru(Policy):
     """Keep what was used last."""
 
     name = "lru"
-    uses: ClassVar[frozenset[UsageField]] = frozenset({"last_use"})
+    uses: frozenset[UsageField] = frozenset({"last_use"})
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """Minus the age: relative, since float32 is exact only up to 2**24 steps."""

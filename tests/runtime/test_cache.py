@@ -6,9 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference_cache import KEEP, ReferenceCache, next_uses
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from runtime.cache import Event, ExpertCache
-from runtime.policies import make_policy
+from runtime.metrics import Counters
+from runtime.policies import POLICIES, make_policy
 
 NUM_EXPERTS = 8
 
@@ -203,6 +205,57 @@ def test_variants_side_by_side_equal_caches_alone(events: list[set[int]], slots:
             assert torch.equal(serve(cache, *needed).evict_LE, step.evict_LE[variant, 0])
     together.check_integrity()
     assert torch.equal(together.slot_of_LE, torch.stack([cache.slot_of_LE for cache in alone]))
+
+
+# What a captured graph demands
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses what a captured CUDA graph cannot hold: values read, or made, by the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.FORBIDDEN or (name == "index" and args[1][0].dtype == torch.bool):
+            raise AssertionError(f"{func} reads or makes values on the host")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("in_bytes", [False, True])
+def test_a_step_reads_no_value_and_keeps_every_address(name: str, in_bytes: bool) -> None:
+    sizes_LE = torch.tensor([[3] * NUM_EXPERTS, [2] * NUM_EXPERTS])
+    budget = (
+        {"budget_bytes": 9, "expert_bytes_LE": sizes_LE, "with_slots": False}
+        if in_bytes
+        else {"slots": 3, "with_prefetch": True}
+    )
+    cache = ExpertCache(make_policy(name), num_layers=2, num_experts=NUM_EXPERTS, **budget)
+    counters = Counters(2)
+    usage = cache.usage
+    state = [usage.resident_LE, usage.last_use_LE, usage.inserted_LE, cache.used_L1]
+    addresses = [tensor.data_ptr() for tensor in state]
+    needed_LE = torch.stack([mask(0, 1, 2, 5)] * 2)
+    forecast_LE = torch.rand(2, NUM_EXPERTS)
+    with NoHostReads():
+        for _ in range(3):
+            counters.add(cache.step(needed_LE, forecast_LE=forecast_LE))
+            step = cache.step(needed_LE[1], layer=1, forecast_LE=forecast_LE[1], max_needed=4)
+            counters.add(step, layer=1)
+            if not in_bytes:
+                counters.add_prefetch(
+                    cache.prefetch(needed_LE[0], forecast_LE[0], layer=0, max_fetches=2), layer=0
+                )
+    assert [tensor.data_ptr() for tensor in state] == addresses
+    assert counters.accesses_L.tolist() == [12, 24]
+    assert counters.hits_L.sum() > 0
+    cache.check_integrity()
+
+
+def test_the_check_for_host_reads_can_fail() -> None:
+    with NoHostReads(), pytest.raises(AssertionError, match="on the host"):
+        mask(1).any().item()
 
 
 # Prefetch
