@@ -152,8 +152,7 @@ class Offload:
             restore_experts(moe, self._store)
         for config, implementation in self._implementations:
             config._experts_implementation = {"": implementation}
-        if self._name in ALL_EXPERTS_FUNCTIONS:
-            del ALL_EXPERTS_FUNCTIONS[self._name]
+        ALL_EXPERTS_FUNCTIONS.pop(self._name, None)
         self._store = None
         if self._folder is not None:
             self._folder.cleanup()
@@ -267,7 +266,7 @@ def attach(
         budget_bytes: Instead of ``slots``: memory for all of them, such as "12GiB".
         predictor: A fitted predictor for this model; what policies that read forecasts read.
         store_dir: Where stores live, to be found again by the next run. By default a temporary
-            folder, removed by `Offload.detach`; it needs the experts' size in disk space.
+            folder, removed by `Offload.detach`. It takes the experts' size, so let it be on a disk.
         record_events: Keep the cache's log of every hit, miss, eviction and streamed read.
 
     Raises:
@@ -324,7 +323,9 @@ def _check_model(layers: Sequence[MoELayer]) -> None:
     for moe in layers:
         config: Any = moe.experts.config
         if str(config._experts_implementation).startswith(_NAME_PREFIX):
-            raise ValueError("the model is attached already: detach it first")
+            raise ValueError(
+                "the model, or one on the same config object, is attached already: detach it first"
+            )
         for name, parameter in expert_parameters(moe.experts):
             if parameter.device.type != "cpu":
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Attaching changes what a model keeps in memory, detaching changes everything back."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,6 @@ class Habit(Predictor):
 
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
         self.spec = spec
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small lose more to waking threads than they gain."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
