@@ -18,7 +18,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -31,22 +31,24 @@ from data.adapters import MoELayer, expert_parameters, moe_layers, spec_of
 from data.errors import SpecMismatchError
 from data.schema import MoESpec
 from predictors.base import Forecast, Predictor
-from runtime.budget import slots_per_layer
-from runtime.cache import Event, ExpertCache, Step
+from runtime.budget import check_slots, slots_for_bytes
+from runtime.cache import Event, ExpertCache
 from runtime.experts import CpuExecutor, ExpertExecutor, used_experts
 from runtime.host_store import HostStore, open_store, release_experts, restore_experts
+from runtime.metrics import Counters
 from runtime.observer import Observer
 from runtime.policies import make_policy
 from runtime.policies.base import Policy, later_use
+from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
 
 _NAME_PREFIX = "moecast-"  # of the names under which models' expert functions are registered
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class OffloadStats:
-    """What serving has cost since `attach`; an access is one expert of one layer in one event.
+    """What serving has cost since `attach`; `runtime.metrics.Counters` says what is counted.
 
     Attributes:
         hits: Accesses that found their expert in a slot.
@@ -57,12 +59,12 @@ class OffloadStats:
         stall_s: Seconds spent on demand loads (reading in place is part of computing).
     """
 
-    hits: int = 0
-    misses: int = 0
-    streamed: int = 0
-    evictions: int = 0
-    miss_bytes: int = 0
-    stall_s: float = 0.0
+    hits: int
+    misses: int
+    streamed: int
+    evictions: int
+    miss_bytes: int
+    stall_s: float
 
     @property
     def hit_ratio(self) -> float:
@@ -101,7 +103,8 @@ class Offload:
         self._folder = folder
         self._observer: Observer | None = None
         self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
-        self._stats = OffloadStats()
+        self._counters = Counters(spec.num_layers)
+        self._stall_s = 0.0
         self._name = f"{_NAME_PREFIX}{id(self):x}"
         configs: dict[int, Any] = {id(moe.experts.config): moe.experts.config for moe in layers}
         self._implementations: list[tuple[Any, str | None]] = [
@@ -114,8 +117,17 @@ class Offload:
         return self._cache.events
 
     def stats(self) -> OffloadStats:
-        """A copy of the counters; still readable after `detach`."""
-        return replace(self._stats)
+        """The counters as they are now; readable after `detach`, too."""
+        counters = self._counters
+        expert_bytes_L = torch.tensor(self.spec.expert_bytes_per_layer)
+        return OffloadStats(
+            hits=int(counters.hits_L.sum()),
+            misses=int(counters.misses_L.sum()),
+            streamed=int(counters.streamed_L.sum()),
+            evictions=int(counters.evictions_L.sum()),
+            miss_bytes=int((counters.misses_L * expert_bytes_L).sum()),
+            stall_s=self._stall_s,
+        )
 
     def begin_request(self, *prompts: str) -> None:
         """Say that the next forward pass begins new requests, and what their prompts are.
@@ -140,12 +152,11 @@ class Offload:
             restore_experts(moe, self._store)
         for config, implementation in self._implementations:
             config._experts_implementation = {"": implementation}
-        if self._name in ALL_EXPERTS_FUNCTIONS:
-            del ALL_EXPERTS_FUNCTIONS[self._name]
+        ALL_EXPERTS_FUNCTIONS.pop(self._name, None)
         self._store = None
         if self._folder is not None:
             self._folder.cleanup()
-        logger.info("Detached: %s", self._stats)
+        logger.info("Detached: %s", self.stats())
 
     def __enter__(self) -> Self:
         """The object itself."""
@@ -212,22 +223,12 @@ class Offload:
         )
         assert step.slot_of_LE is not None
         slot_of_E: list[int] = step.slot_of_LE.tolist()
-        loads = step.insert_LE.nonzero().flatten().tolist()
         started_s = time.perf_counter()
-        for expert in loads:
+        for expert in step.insert_LE.nonzero().flatten().tolist():
             self._executor.load(layer, expert, slot_of_E[expert])
-        self._count(layer, step, num_loads=len(loads), stall_s=time.perf_counter() - started_s)
+        self._stall_s += time.perf_counter() - started_s
+        self._counters.add(step, layer)
         return {expert: slot_of_E[expert] for expert in used if slot_of_E[expert] >= 0}
-
-    def _count(self, layer: int, step: Step, *, num_loads: int, stall_s: float) -> None:
-        stats, streamed = self._stats, int(step.streamed_LE.sum())
-        assert self.spec.expert_bytes_per_layer is not None
-        stats.hits += int(step.hit_LE.sum())
-        stats.misses += num_loads + streamed
-        stats.streamed += streamed
-        stats.evictions += int(step.evict_LE.sum())
-        stats.miss_bytes += (num_loads + streamed) * self.spec.expert_bytes_per_layer[layer]
-        stats.stall_s += stall_s
 
     def _stock_forward(self, experts: nn.Module, *arguments: Tensor) -> Tensor:
         """For modules of another model that was built on the very same config object."""
@@ -265,7 +266,7 @@ def attach(
         budget_bytes: Instead of ``slots``: memory for all of them, such as "12GiB".
         predictor: A fitted predictor for this model; what policies that read forecasts read.
         store_dir: Where stores live, to be found again by the next run. By default a temporary
-            folder, removed by `Offload.detach`; it needs the experts' size in disk space.
+            folder, removed by `Offload.detach`. It takes the experts' size, so let it be on a disk.
         record_events: Keep the cache's log of every hit, miss, eviction and streamed read.
 
     Raises:
@@ -276,7 +277,7 @@ def attach(
     layers = moe_layers(model)
     spec = spec_of(model)
     _check_model(layers)
-    num_slots = slots_per_layer(spec, slots=slots, budget_bytes=budget_bytes)
+    num_slots = _slots_per_layer(spec, slots, budget_bytes)
     policy = make_policy(policy) if isinstance(policy, str) else policy
     _check_foresight(policy, predictor)
     if predictor is not None:
@@ -322,13 +323,36 @@ def _check_model(layers: Sequence[MoELayer]) -> None:
     for moe in layers:
         config: Any = moe.experts.config
         if str(config._experts_implementation).startswith(_NAME_PREFIX):
-            raise ValueError("the model is attached already: detach it first")
+            raise ValueError(
+                "the model, or one on the same config object, is attached already: detach it first"
+            )
         for name, parameter in expert_parameters(moe.experts):
             if parameter.device.type != "cpu":
                 raise ValueError(
                     f"{name} of layer {moe.layer} is on {parameter.device}: experts are served "
                     "from the CPU; load the model there"
                 )
+
+
+def _slots_per_layer(
+    spec: MoESpec, slots: int | Sequence[int] | None, budget_bytes: int | str | None
+) -> tuple[int, ...]:
+    """C of each layer, as told or as the budget pays for."""
+    if (slots is None) == (budget_bytes is None):
+        raise ValueError(
+            f"slots={slots} and budget_bytes={budget_bytes}: give exactly one of them; "
+            f"{spec.describe()} can have {spec.top_k}..{spec.num_experts} slots per layer"
+        )
+    if budget_bytes is not None:
+        slots = slots_for_bytes(parse_bytes(budget_bytes), spec)
+    given = (slots,) * spec.num_layers if isinstance(slots, int) else tuple(slots or ())
+    if len(given) != spec.num_layers:
+        raise ValueError(
+            f"slots has {len(given)} entries: {spec.describe()} needs one number, or one per layer"
+        )
+    for num_slots in given:
+        check_slots(num_slots, spec)
+    return given
 
 
 def _check_foresight(policy: Policy, predictor: Predictor | None) -> None:

@@ -1,7 +1,7 @@
 """Attaching changes what a model keeps in memory, detaching changes everything back."""
 
 import gc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,12 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from data.adapters import expert_parameters, moe_layers, router_probs_TE, spec_of
 from data.errors import NotAMoEError, SpecMismatchError
-from data.schema import MoESpec, Trace, TraceSet
-from predictors.base import FitReport, Forecast, Predictor, State, walk
-from runtime.cache import Event, ExpertCache
+from data.schema import MoESpec, Trace, TraceList, TraceSet
+from predictors.base import FitReport, Forecast, Predictor, State
 from runtime.engine import attach
 from runtime.expert_layout import ExpertLayout
-from runtime.policies import make_policy
 from runtime.policies.base import later_use
+from runtime.simulate import replay_log
 from tests.families import FAMILIES, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -61,15 +60,6 @@ class Habit(Predictor):
 
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
         self.spec = spec
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small lose more to waking threads than they gain."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture
@@ -157,28 +147,8 @@ class Recorder:
         )
 
 
-def replay(
-    trace: Trace, spec: MoESpec, policy: str, slots: int, forecasts: Any = None
-) -> list[Event]:
-    """The cache's log when a trace is replayed: the prompt as one event, then token by token."""
-    cache = ExpertCache(
-        make_policy(policy),
-        num_layers=spec.num_layers,
-        num_experts=spec.num_experts,
-        slots=slots,
-        record_events=True,
-    )
-    events = [range(trace.num_prefill_tokens)]
-    events += [range(t, t + 1) for t in range(trace.num_prefill_tokens, trace.num_tokens)]
-    later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
-    for rows in events:
-        if forecasts and forecasts[rows[0]] is not None:
-            later_use_LE = later_use(forecasts[rows[0]])
-        for layer in range(spec.num_layers):
-            needed_E = torch.zeros(spec.num_experts, dtype=torch.bool)
-            needed_E[trace.topk_expert_ids_TLK[list(rows), layer].flatten().tolist()] = True
-            cache.step(needed_E, layer=layer, forecast_LE=later_use_LE[layer])
-    return cache.events
+def trace_set(trace: Trace, spec: MoESpec) -> TraceList:
+    return TraceList(spec=spec, traces=[trace], split={}, digest="", probs_kind="softmax")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -291,29 +261,31 @@ def test_the_store_is_temporary_unless_a_place_is_given(
         assert len(list((tmp_path / "stores").glob("*/manifest.json"))) == 1
 
 
+@pytest.mark.parametrize("slots", [SLOTS, (4, 8, 16)], ids=str)
 @pytest.mark.parametrize("policy", CACHE_POLICIES)
-def test_replaying_the_recorded_trace_gives_the_same_hits_loads_and_evictions(
-    model: Any, policy: str
+def test_the_simulator_replays_the_recorded_trace_into_the_same_events(
+    model: Any, policy: str, slots: Any
 ) -> None:
     recorder = Recorder(model)
-    with attach(model, slots=SLOTS, policy=policy, record_events=True) as offload:
+    with attach(model, slots=slots, policy=policy, record_events=True) as offload:
         generate(model)
     assert {"hit", "miss", "evict", "streamed"} == {event.kind for event in offload.events}
-    assert offload.events == replay(recorder.trace(), offload.spec, policy, SLOTS)
+    traces = trace_set(recorder.trace(), offload.spec)
+    assert offload.events == replay_log(traces, policy=policy, slots=torch.tensor(offload.slots))
 
 
-def test_replaying_with_forecasts_gives_the_same_events_too(model: Any, habit: Habit) -> None:
+def test_the_simulator_makes_the_same_forecasts_and_so_the_same_events(
+    model: Any, habit: Habit
+) -> None:
     """The engine hands each event the forecast made before its token: no later, no earlier."""
     recorder = Recorder(model)
     with attach(
         model, slots=SLOTS, policy="forecast", predictor=habit, record_events=True
     ) as offload:
         generate(model)
-    trace = recorder.trace()
-    assert offload.events == replay(
-        trace, offload.spec, "forecast", SLOTS, forecasts=walk(habit, trace)
-    )
-    assert offload.events != replay(trace, offload.spec, "lru", SLOTS)
+    traces = trace_set(recorder.trace(), offload.spec)
+    assert offload.events == replay_log(traces, policy="forecast", slots=SLOTS, predictor=habit)
+    assert offload.events != replay_log(traces, policy="lru", slots=SLOTS)
 
 
 def test_a_forecasting_engine_says_what_the_resident_model_says(model: Any, habit: Habit) -> None:
@@ -373,9 +345,11 @@ def test_a_dense_model_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"slots": 3}, "slots=3.*top_k=4"), ({}, "exactly one"),
+    [({"slots": 3}, "slots=3: must be at least top-k=4"), ({}, "exactly one"),
+     ({"slots": [4, 17, 4]}, "slots=17"), ({"slots": [4, 4]}, "has 2 entries"),
+     ({"budget_bytes": "much"}, "'much' is no size"),
      ({"slots": 5, "budget_bytes": "1MB"}, "exactly one"),
-     ({"budget_bytes": 100}, "smallest budget that works.*110592 bytes"),
+     ({"budget_bytes": 100}, "needs 4 slots, 110592 bytes"),
      ({"slots": 5, "policy": "random"}, "'random' does not exist.*lru"),
      ({"slots": 5, "policy": "belady"}, "needs to know the future"),
      ({"slots": 5, "policy": "forecast"}, "'forecast' reads forecasts: give a predictor"),

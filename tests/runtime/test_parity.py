@@ -4,7 +4,6 @@ Random weights are drawn wide (`tests.families`): the two best logits of every g
 further apart than float32 rounding, so a wrong expert, weight or bias changes the text.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,15 +17,6 @@ from tests.families import FAMILIES, tiny_model
 
 NUM_NEW_TOKENS = 200
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small lose more to waking threads than they gain."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 def generate(model: Any, ids_BT: Tensor, mask_BT: Tensor | None = None, *, num_new: int) -> Tensor:
