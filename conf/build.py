@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +37,12 @@ def plain(node: DictConfig) -> dict[str, Any]:
     values = OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def set_threads(model: DictConfig) -> None:
+    """Give torch the number of threads that the ``model`` group asks for, if it asks."""
+    if model.num_threads is not None:
+        torch.set_num_threads(model.num_threads)
 
 
 def expand_shorthand(arguments: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ class CollectSettings:
 
     max_prompt_tokens: int = 96
     max_new_tokens: int = 32
-    batch_size: int = 16
+    batch_size: int = 32
     temperature: float = 0.0
     top_p: float = 1.0
     keep_router_probs: bool = False

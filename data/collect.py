@@ -329,13 +329,14 @@ if __name__ == "__main__":
     import hydra
     from omegaconf import DictConfig
 
-    from conf.build import build, expand_shorthand, plain
+    from conf.build import build, expand_shorthand, plain, set_threads
     from conf.schema import register
 
     @hydra.main(version_base="1.3", config_path="pkg://conf", config_name="collect")
     def main(cfg: DictConfig) -> None:
         """Collect as the configuration says."""
         try:
+            set_threads(cfg.model)
             source = build(cfg.source)
             if not isinstance(source, PromptSource):
                 sys.exit("error: this source holds recorded traces: there is nothing to collect")

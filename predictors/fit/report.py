@@ -54,8 +54,13 @@ def write_plots(evaluation: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     return paths
 
 
+def _names(evaluation: Mapping[str, Any]) -> list[str]:
+    """Every predictor, the one that was fitted first."""
+    return sorted(evaluation["predictors"], key=lambda name: name != evaluation["predictor"])
+
+
 def _colours(evaluation: Mapping[str, Any]) -> dict[str, str]:
-    names = list(evaluation["predictors"])
+    names = _names(evaluation)
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
 
@@ -82,9 +87,9 @@ def _draw_hit_ratio(axes: Axes, evaluation: Mapping[str, Any]) -> None:
 
 
 def _draw_recall_by_layer(axes: Axes, evaluation: Mapping[str, Any]) -> None:
-    for name, row in evaluation["predictors"].items():
-        colour = _colours(evaluation)[name]
-        axes.plot(100 * np.asarray(row["recall_by_layer"]), "o-", color=colour, label=name, ms=3)
+    for name, colour in _colours(evaluation).items():
+        recall_L = 100 * np.asarray(evaluation["predictors"][name]["recall_by_layer"])
+        axes.plot(recall_L, "o-", color=colour, label=name, ms=3)
     axes.set(
         xlabel="MoE layer",
         ylabel=f"slot recall@{evaluation['top_k']} (%)",
@@ -95,10 +100,11 @@ def _draw_recall_by_layer(axes: Axes, evaluation: Mapping[str, Any]) -> None:
 
 
 def _draw_recall_by_lookahead(axes: Axes, evaluation: Mapping[str, Any]) -> None:
-    for name, row in evaluation["predictors"].items():
+    for name, colour in _colours(evaluation).items():
+        row = evaluation["predictors"][name]
         lookaheads = sorted(int(ahead) for ahead in row["recall_by_lookahead"])
         recalls = [100 * row["recall_by_lookahead"][str(ahead)] for ahead in lookaheads]
-        axes.plot(lookaheads, recalls, "o-", color=_colours(evaluation)[name], label=name, ms=4)
+        axes.plot(lookaheads, recalls, "o-", color=colour, label=name, ms=4)
         axes.set_xscale("log", base=2)
         axes.set_xticks(lookaheads, [str(ahead) for ahead in lookaheads])
     axes.set(
@@ -137,9 +143,9 @@ def summary_rows(evaluation: Mapping[str, Any]) -> tuple[list[str], list[list[st
         return [_replay_cell(row) for row in found]
 
     rows = [
-        [name, *(_percent(row["recall_by_lookahead"][ahead]) for ahead in lookaheads)]
-        + cells("forecast", name)
-        for name, row in evaluation["predictors"].items()
+        [name, *(_percent(recall[ahead]) for ahead in lookaheads), *cells("forecast", name)]
+        for name in _names(evaluation)
+        for recall in [evaluation["predictors"][name]["recall_by_lookahead"]]
     ]
     rows += [
         [f"({policy}, no forecast)", *("" for _ in lookaheads), *cells(policy, None)]
