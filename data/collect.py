@@ -8,6 +8,7 @@ runs; a killed collection therefore goes on with the missing shards, and ends wi
 How routers are read is `data.observe`'s business, files are `data.store`'s.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
@@ -158,7 +159,7 @@ def store_name(
     settings: CollectSettings,
 ) -> str:
     """A folder name for a collection: readable, and another one for other inputs."""
-    inputs = [model, dtype, revision, source.digest, settings.model_dump()]
+    inputs = [model, dtype, revision, source.digest, dataclasses.asdict(settings)]
     return f"{Path(model).name}-{source.name}-{digest_json(inputs)[:12]}"
 
 
@@ -187,7 +188,9 @@ def _fill(
     started_s, num_tokens = time.monotonic(), 0
     with (
         RouterRecorder(model, keep_router_probs=settings.keep_router_probs) as recorder,
-        tqdm(total=len(requests), initial=len(done), desc="collect", disable=None) as bar,
+        tqdm(
+            total=len(requests), initial=len(done), desc="collect", unit="request", disable=None
+        ) as bar,
     ):
         for index, shard in enumerate(_chunks(_by_length(requests), inputs.requests_per_shard)):
             if shard[0].prompt.request_id in done:

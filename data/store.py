@@ -300,7 +300,9 @@ class TraceStoreWriter:
         ]
         if different:
             raise OutputExistsError(
-                self._path, f"a trace store made from other inputs: {'; '.join(different)}"
+                self._path,
+                f"a trace store made from other inputs: {'; '.join(different)}. "
+                "Name another folder, or delete this one",
             )
 
 

@@ -5,8 +5,9 @@ with the file's name. Knows nothing of rows and columns.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -26,10 +27,11 @@ class _Strict(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
 
-class CollectSettings(_Strict):
+@dataclass(frozen=True, kw_only=True)
+class CollectSettings:
     """How requests are cut, batched, continued and recorded.
 
-    Attributes:
+    Args:
         max_prompt_tokens: Longer prompts are cut behind this many tokens.
         max_new_tokens: How many tokens to generate at most; 0 observes the prompts alone.
         batch_size: Requests that run together. The last bits of a float depend on it.
@@ -40,16 +42,27 @@ class CollectSettings(_Strict):
             FineMoE's expert maps, at E/K times the size.
 
     Raises:
-        ValueError: A value is out of range (pydantic's ValidationError, which names it).
+        ValueError: A value is out of range.
     """
 
-    max_prompt_tokens: int = pydantic.Field(default=96, ge=1)
-    max_new_tokens: int = pydantic.Field(default=32, ge=0)
-    batch_size: int = pydantic.Field(default=16, ge=1)
-    temperature: float = pydantic.Field(default=0.0, ge=0.0)
-    top_p: float = pydantic.Field(default=1.0, gt=0.0, le=1.0)
+    __pydantic_config__: ClassVar[pydantic.ConfigDict] = pydantic.ConfigDict(extra="forbid")
+
+    max_prompt_tokens: int = 96
+    max_new_tokens: int = 32
+    batch_size: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
     seed: int = 0
     keep_router_probs: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        least = {"max_prompt_tokens": 1, "max_new_tokens": 0, "batch_size": 1, "temperature": 0}
+        for name, minimum in least.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {minimum}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]")
 
 
 def _to_spec(value: Any) -> MoESpec:

@@ -1,3 +1,4 @@
+import dataclasses
 import logging
 import os
 import re
@@ -72,7 +73,7 @@ def collect_tiny(path: Path, **changes: Any) -> TraceStore:
 
 
 def changed(**values: Any) -> CollectSettings:
-    return CollectSettings(**{**SETTINGS.model_dump(), **values})
+    return dataclasses.replace(SETTINGS, **values)
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -341,12 +342,11 @@ def test_what_cannot_be_collected_is_named(tmp_path: Path) -> None:
         {"temperature": -0.1},
         {"top_p": 0.0},
         {"top_p": 1.1},
-        {"topp": 0.5},
     ],
 )
 def test_settings_out_of_range_are_named(values: dict[str, Any]) -> None:
     (name,) = values
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ValueError, match=f"{name}=.*: must be"):
         changed(**values)
 
 

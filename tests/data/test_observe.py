@@ -99,6 +99,18 @@ def test_a_request_is_the_same_alone_and_in_any_batch(temperature: float) -> Non
         assert continue_batch(model, [prompt], seeds=[seed], **arguments) == [expected]
 
 
+def test_positions_count_from_each_requests_own_first_token() -> None:
+    """Rotary positions are relative, so that only a look at them tells."""
+    model = tiny_model("qwen3_moe")
+    seen: list[list[list[int]]] = []
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: seen.append(kwargs["position_ids"].tolist()), with_kwargs=True
+    )
+    continue_batch(model, [[7, 8, 9], [5]], max_new_tokens=3, eos_token_ids=NO_EOS)
+    assert [seen[0][0], seen[0][1][-1:]] == [[0, 1, 2], [0]]
+    assert seen[1:] == [[[3], [1]], [[4], [2]]]
+
+
 def test_another_seed_draws_other_tokens() -> None:
     model = tiny_model("qwen3_moe")
     one, two = continue_batch(

@@ -211,7 +211,7 @@ def test_a_store_of_other_inputs_is_refused_with_the_difference(
     if not complete:
         (tmp_path / MANIFEST).unlink()
     before = contents(tmp_path)
-    longer = SETTINGS.model_copy(update={"max_new_tokens": 9})
+    longer = dataclasses.replace(SETTINGS, max_new_tokens=9)
     with pytest.raises(OutputExistsError) as error:
         TraceStoreWriter(tmp_path, inputs(settings=longer, dtype="bfloat16"), split_of(traces))
     assert "dtype is 'float32' there and 'bfloat16' here" in str(error.value)
@@ -286,6 +286,11 @@ def test_a_damaged_shard_is_repaired_by_deleting_it_and_writing_again(tmp_path: 
     [
         (lambda values: values.update(schema_version=7), ValueError, "schema version 7"),
         (lambda values: values.update(extra=1), DamagedFileError, "manifest.json.*extra"),
+        (
+            lambda values: values["inputs"]["settings"].update(topp=1),
+            DamagedFileError,
+            "manifest.json.*topp",
+        ),
         (lambda values: values.pop("digest"), DamagedFileError, "manifest.json.*digest"),
         (lambda values: values.pop("schema_version"), DamagedFileError, "schema_version"),
         (
