@@ -35,7 +35,7 @@ def lowest(score_LE: Tensor, allowed_LE: Tensor, most: int) -> Tensor:
     bits_LE = (score_LE + 0.0).view(torch.int32)
     ordered_LE = bits_LE ^ ((bits_LE >> 31) & 0x7FFFFFFF)
     ids_E = torch.arange(num_experts, device=score_LE.device)
-    key_LE = (ordered_LE.long() << _ID_BITS) | ids_E
+    key_LE = torch.add(ids_E, ordered_LE, alpha=1 << _ID_BITS)  # in int64, as ids are
     masked_LE = key_LE.masked_fill(~allowed_LE, _BEHIND_ALL)
     return masked_LE.topk(min(most, num_experts), dim=-1, largest=False).indices
 
