@@ -7,18 +7,21 @@ Prefill and greedy decoding of one batch of random prompts, once plain and once 
 repeat, so that a drift of the machine touches both alike. Overhead is the median over repeats of
 the ratio within a repeat. The generated tokens of both must agree. Goal: at most 10 %.
 
-The last line is one JSON object of everything printed above.
+``out=benchmarks/results/collect_overhead.json`` keeps what the last line prints.
 """
 
-import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.record import record
 from data.cli import parse_cli
 from data.errors import MoecastError
 from data.models import load_model
@@ -38,6 +41,7 @@ class Options:
         keep_router_probs: Record all experts' probabilities.
         repeats: How often each variant runs, at least 5.
         threads: CPU threads of torch; its default if 0.
+        out: Keep the JSON here.
     """
 
     model: str = "tiny_moe"
@@ -47,7 +51,8 @@ class Options:
     new_tokens: int = 32
     keep_router_probs: bool = False
     repeats: int = 15
-    threads: int = 0
+    threads: int = 1
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         """Check what the medians need."""
@@ -55,7 +60,7 @@ class Options:
             raise ValueError(f"repeats={self.repeats}: must be at least 5")
 
 
-def measure(options: Options) -> dict[str, object]:
+def measure(options: Options) -> dict[str, Any]:
     """Run both variants and compare them."""
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -99,7 +104,7 @@ def measure(options: Options) -> dict[str, object]:
     low, median, high = statistics.quantiles(ratios, n=4)
     num_tokens = options.batch_size * (options.prompt_tokens + options.new_tokens - 1)
     return {
-        **vars(options),
+        **{name: value for name, value in vars(options).items() if name != "out"},
         "device": str(model.device),
         "threads": torch.get_num_threads(),
         "plain_s": round(statistics.median(plain), 4),
@@ -110,10 +115,11 @@ def measure(options: Options) -> dict[str, object]:
     }
 
 
-def main() -> None:
-    """Run the command line."""
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    options = parse_cli(Options, argv)
     try:
-        result = measure(parse_cli(Options, sys.argv[1:]))
+        result = measure(options)
     except (MoecastError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(
@@ -121,8 +127,8 @@ def main() -> None:
         f"median of {result['repeats']}: overhead {result['overhead']:.1%} "
         f"(quartiles {result['overhead_quartiles'][0]:.1%}, {result['overhead_quartiles'][1]:.1%})"
     )
-    print(json.dumps(result))
+    record("collect_overhead", result, out=options.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -1,7 +1,7 @@
 """Which prompt embedder finds the better neighbours, and what each part of `semantic` is worth.
 
-    python benchmarks/embedders.py                     # a quarter of an hour on two cores
-    python benchmarks/embedders.py --max-tokens 2000   # a look
+    python -m benchmarks.embedders                    # a quarter of an hour on two cores
+    python -m benchmarks.embedders max_tokens=2000    # a look
 
 Slot recall on the gpt-oss-20b traces (folder MOECAST_DATA): of the 4 experts that a decode token
 used in a layer, how many are among the 4 ranked first before it was routed. Two ways to split, with
@@ -11,14 +11,9 @@ requests of the same subjects were). Everything is fitted anew for every split.
 gpt-oss-20b's own embedding matrix is not at hand, so `token_mean` reads the embedded tiny model's:
 the method is FineMoE's, the vectors are a stand-in's.
 
-Ends with one JSON line, which is also written to benchmarks/results/embedders.json.
+Ends with one JSON line; ``out=benchmarks/results/embedders.json`` keeps it.
 """
 
-import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,9 +25,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data.files import write_json
+from benchmarks.record import record
+from data.cli import parse_cli
 from data.importers import load_traces
 from data.schema import Split, TraceList
 from data.splits import split_by_topic
@@ -46,7 +40,6 @@ from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
 
-RESULT = Path(__file__).resolve().parent / "results" / "embedders.json"
 SEEDS = (0, 1, 2)
 # Cumulative: from Eq. 4 to the default, one change at a time.
 PAPER: dict[str, Any] = {
@@ -134,20 +127,17 @@ def summary(reports: Sequence[RecallReport]) -> dict[str, Any]:
     } | {"num_test_tokens": [report.num_tokens for report in reports]}
 
 
-def cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+@dataclass
+class Args:
+    """Compare embedders and the parts of `semantic`; max_tokens judges only so many per split."""
+
+    max_tokens: int | None = None
+    out: Path | None = None
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """Measure, print a table and the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--max-tokens", type=int, help="judged tokens per split; all if not given")
-    parser.add_argument("--out", type=Path, default=RESULT)
-    arguments = parser.parse_args()
+    args = parse_cli(Args, argv)
     torch.set_num_threads(1)  # tensors of 768 numbers: threads only wait for each other
 
     traces = load_traces("gptoss20b")
@@ -167,7 +157,7 @@ def main() -> None:
     for way, split, row, vectors, predictor in tqdm(work, unit="fit"):
         judged = replace(with_vectors[vectors], split=split)
         predictor.fit(judged)
-        report = evaluate_recall(predictor, judged, max_tokens=arguments.max_tokens)
+        report = evaluate_recall(predictor, judged, max_tokens=args.max_tokens)
         reports[way, row].append(report)
 
     results = []
@@ -181,10 +171,7 @@ def main() -> None:
                 name = f"{row.predictor:15} {row.embedder:21} {row.variant}"
                 cells = [f"{n['mean']:.3f} ({n['sd']:.3f})" for n in list(numbers.values())[:4]]
                 print(f"{name:74} " + "   ".join(cells))
-    packages = ("torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy")
     outcome = {
-        "command": "python benchmarks/embedders.py"
-        + (f" --max-tokens {arguments.max_tokens}" if arguments.max_tokens else ""),
         "traces": traces.spec.describe(),
         "traces_digest": traces.digest,
         "num_requests": len(traces),
@@ -193,14 +180,10 @@ def main() -> None:
             name: {"config": e.config(), "fingerprint": e.fingerprint}
             for name, e in embedders.items()
         },
-        "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in packages},
         "results": results,
     }
-    write_json(arguments.out, outcome)
-    print(json.dumps(outcome))
+    record("embedders", outcome, out=args.out)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

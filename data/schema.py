@@ -146,7 +146,8 @@ class Prompt:
     Args:
         request_id: Unique within its source, and stable between runs.
         topic: What it is about; splits never cut through a topic's requests by token.
-        text: The prompt. Chat turns are rendered by the model's template before they get here.
+        text: The prompt, plain: sources join dialogues as "role: content", and no chat template is
+            applied when routing is collected.
     """
 
     request_id: str

@@ -1,6 +1,6 @@
 """What a source of prompts is, and how a few prompts are chosen from many.
 
-A source does not know the model: chat templates and tokenizers are the collector's business.
+A source does not know the model: cutting prompts to a length in tokens is the collector's business.
 """
 
 import hashlib
