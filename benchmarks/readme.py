@@ -37,7 +37,77 @@ def _demo(result: dict[str, Any]) -> str:
     )
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo": _demo}
+def _embedders(result: dict[str, Any]) -> str:
+    rows = [row for row in result["results"] if row["split_by"] == "topic"]
+    cells = [
+        [
+            " ".join(filter(None, [row["predictor"], row["embedder"] and f"({row['embedder']})"])),
+            row["variant"],
+            *(_mean(row[name]) for name in ("recall@4", "recall@8")),
+        ]
+        for row in rows
+    ]
+    table = markdown(["predictor", "search", "recall@4", "recall@8"], cells)
+    return f"{table}\n\nMean (sd) over {len(result['seeds'])} splits by topic. {_where(result)}"
+
+
+def _simulate(result: dict[str, Any]) -> str:
+    slots = sorted({row["slots"] for row in result["results"]})
+    hits = {(row["policy"], row["slots"]): row["hit_ratio"] for row in result["results"]}
+    policies = dict.fromkeys(row["policy"] for row in result["results"])
+    table = markdown(
+        ["hit ratio, slots of 32", *map(str, slots)],
+        [[policy, *(_percent(hits[policy, count]) for count in slots)] for policy in policies],
+    )
+    wall_s = result["wall_s"]
+    return (
+        f"{table}\n\nAll 98,777 tokens, {len(policies)} policies and {len(slots)} budgets in "
+        f"{wall_s['median']:.0f} s ({wall_s['min']:.0f} to {wall_s['max']:.0f} s in "
+        f"{wall_s['repeats']} runs), peak {result['peak_rss_bytes'] / 2**20:.0f} MiB. "
+        f"{_where(result)}"
+    )
+
+
+def _recorded_truth(result: dict[str, Any]) -> str:
+    table = markdown(
+        ["recorded run", "budget", "recorded", "replayed", "same residency", "LFRU", "Belady"],
+        [
+            [
+                row["model"],
+                f"{row['budget_bytes'] >> 20} MiB",
+                *(_percent(row[f"{key}_hit_ratio"]) for key in ("recorded", "replayed")),
+                f"{row['agreement']:.2%}",
+                *(_percent(row[f"{key}_hit_ratio"]) for key in ("lfru", "belady")),
+            ]
+            for row in result["rows"]
+        ],
+    )
+    return f"{table}\n\n{_where(result)}"
+
+
+def _collect_overhead(result: dict[str, Any]) -> str:
+    low, high = result["overhead_quartiles"]
+    return (
+        f"Overhead {result['overhead']:+.1%}, median of {result['repeats']} pairs (quartiles "
+        f"{low:+.1%} and {high:+.1%}); {result['tokens_per_s']:,.0f} tokens/s. {_where(result)}"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def _mean(values: dict[str, float]) -> str:
+    return f"{values['mean']:.3f} ({values['sd']:.3f})"
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "collect_overhead": _collect_overhead,
+    "demo": _demo,
+    "embedders": _embedders,
+    "recorded_truth": _recorded_truth,
+    "simulate": _simulate,
+}
 
 
 def render(text: str) -> str:

@@ -2,6 +2,7 @@
 
     python -m runtime.simulate trace=gptoss20b policy=[lru,lfru] slots=[8,13,16] max_tokens=30000
     python -m runtime.simulate trace=qwen policy=lru budget_bytes=4194304000 scope=global
+    python -m runtime.simulate trace=mine.npz policy=[lfru,forecast] slots=8 artifact=DIR
 
 It steps the same `ExpertCache` with the same policies as the runtime, all layers, policies and
 budgets at once, and counts bytes in place of moving them. It ends with one line of JSON.
@@ -18,6 +19,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -28,6 +30,7 @@ from data.cli import parse_cli
 from data.errors import MoecastError
 from data.importers import load_traces
 from data.schema import MoESpec, TraceSet
+from predictors.artifact import load_artifact
 from predictors.base import Forecast, Predictor, walk
 from runtime.budget import Budget, Scope, parse_budgets, working_set_bytes
 from runtime.cache import Event, ExpertCache
@@ -326,12 +329,15 @@ class Args:
     """Replay recorded routing under cache policies and print what each one hits.
 
     trace: a name or path of any traces; policy and the budgets may be lists: slots=[8,13,16].
+    artifact: the folder of a predictor, for policy=forecast. Every request of the trace is
+    replayed, also those it may have been fitted on: to judge a predictor, use train.py.
     """
 
     trace: str
     policy: list[str]
     slots: list[int] = field(default_factory=list)
     budget_bytes: list[int] = field(default_factory=list)
+    artifact: Path | None = None
     scope: str = "layer"
     prefill: str = "auto"
     max_tokens: int | None = None
@@ -355,12 +361,15 @@ def main(argv: Sequence[str]) -> None:
             policies=args.policy,
             slots=args.slots,
             budget_bytes=args.budget_bytes,
+            predictor=None
+            if args.artifact is None
+            else load_artifact(args.artifact, expect=traces.spec),
             scope=cast(Scope, args.scope),
             prefill=cast(Prefill, args.prefill),
             max_tokens=args.max_tokens,
             clock=clock,
         )
-    except (MoecastError, ValueError) as error:
+    except (MoecastError, ValueError, FileNotFoundError) as error:
         sys.stderr.write(f"error: {error}\n")
         raise SystemExit(2) from None
     sys.stdout.write(f"{traces.spec.describe()}\n{_format_table(results)}\n")

@@ -16,7 +16,9 @@ from reference_cache import KEEP, ReferenceCache
 from data.importers.bigmoe_route import RecordedRoute, read_bigmoe_route
 from data.importers.per_token_npz import read_per_token_npz
 from data.schema import MoESpec, Trace, TraceList
+from predictors.artifact import save_artifact
 from predictors.base import FitReport, Forecast, Predictor, Request, State, walk
+from predictors.popularity import Popularity
 from runtime.cache import Event, ExpertCache
 from runtime.metrics import Clock
 from runtime.policies import make_policy
@@ -476,9 +478,22 @@ def test_the_command_ends_with_one_line_of_json(tmp_path, capsys) -> None:
     assert sum(line.split()[:1] in (["lru"], ["belady"]) for line in lines) == 4
 
 
+def test_the_command_replays_an_artifacts_forecasts(tmp_path, capsys) -> None:
+    trace = write_npz(tmp_path)
+    predictor = Popularity()
+    predictor.fit(read_per_token_npz(trace))
+    spec = predictor.fitted_spec()
+    artifact = save_artifact(predictor, tmp_path / "artifact", spec=spec, parents={})
+    main([f"trace={trace}", "policy=forecast", "slots=3", f"artifact={artifact}"])
+    (result,) = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert result["policy"] == "forecast"
+    assert 0 < result["hits"] < result["accesses"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["policy=forecast", "slots=3", "artifact=none/there"], "none/there is no artifact"),
         (["policy=lru", "slots=1"], "slots=1: must be at least top-k=2"),
         (["policy=nope", "slots=3"], "'nope' does not exist; there are fifo"),
         (["policy=lru"], "neither was given"),
