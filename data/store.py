@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 
 from data.errors import DamagedFileError, OutputExistsError
 from data.files import atomic_path, digest_json, sha256_file, write_json
-from data.schema import Split, Trace
+from data.schema import ProbsKind, Split, Trace
 from data.store_manifest import (
     FOOTER_KEY,
     MANIFEST,
@@ -36,7 +36,6 @@ from data.store_manifest import (
     CollectSettings,
     Footer,
     Manifest,
-    ProbsKind,
     RequestEntry,
     ShardEntry,
     StoreInputs,

@@ -15,12 +15,11 @@ import pydantic
 
 from data.errors import DamagedFileError, OutputExistsError
 from data.files import sha256_file
-from data.schema import MoESpec, Split
+from data.schema import MoESpec, ProbsKind, Split
 
 SCHEMA_VERSION: Literal[1] = 1
 MANIFEST = "manifest.json"
 FOOTER_KEY = b"moecast"
-ProbsKind = Literal["softmax", "topk_softmax", "sigmoid", "none"]
 
 
 class _Strict(pydantic.BaseModel):

@@ -6,7 +6,6 @@ Needs no second model and no forward pass: one tensor of the checkpoint and its 
 import hashlib
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from data.errors import ModelNotFoundError
 from data.files import sha256_file
+from data.tiny_moe import TINY_MOE_DIR
 from predictors.embedders.base import Embedder, normalized_NS
 
 EMBEDDED = "tiny_moe"
@@ -48,8 +48,7 @@ class TokenMeanEmbedder(Embedder):
 
     def __init__(self, *, model: str = EMBEDDED) -> None:
         self.model = model
-        source = import_module("data.tiny_moe").TINY_MOE_DIR if model == EMBEDDED else model
-        source = str(source)
+        source = str(TINY_MOE_DIR) if model == EMBEDDED else model
         tokenizer_path = _file(source, "tokenizer.json")
         self._tokenizer = Tokenizer.from_file(str(tokenizer_path))
         self._tokenizer.no_truncation()

@@ -40,7 +40,7 @@ class Prophet(Predictor):
 
     def on_request(self, state: State, request: Request) -> Forecast:
         self.prompts.append(request.prompt)
-        flat_LE = torch.ones(self._fitted_spec().num_layers, self._fitted_spec().num_experts)
+        flat_LE = torch.ones(self.fitted_spec().num_layers, self.fitted_spec().num_experts)
         return Forecast.stationary(flat_LE, gamma=self.gamma)
 
     def fit(self, traces: TraceSet) -> FitReport:
