@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from data.adapters import spec_of
+from data.tiny_moe import TINY_MOE_DIR
 from runtime.engine import attach
 from tests.families import FAMILIES, tiny_model
 
@@ -57,8 +58,7 @@ def test_greedy_text_is_the_resident_models_with_a_quarter_of_the_experts(family
 
 def test_the_embedded_model_says_the_same_with_a_quarter_of_its_experts() -> None:
     """A trained model: its routing has habits, its logits were not made to be far apart."""
-    embedded = pytest.importorskip("data.tiny_moe", reason="the embedded model is not there")
-    model = AutoModelForCausalLM.from_pretrained(embedded.TINY_MOE_DIR, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(TINY_MOE_DIR, dtype=torch.float32).eval()
     ids_BT = torch.tensor([[1, *range(300, 320)]])
     expected_BT = generate(model, ids_BT, num_new=NUM_NEW_TOKENS)
     with attach(model, slots=quarter(model)) as offload:
