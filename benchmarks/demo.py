@@ -1,9 +1,10 @@
-"""What a newcomer's first command costs and shows: train.py twice from nothing.
+"""What train.py costs and shows: twice from nothing, the second time with everything done.
 
     python -m benchmarks.demo out=benchmarks/results/demo.json
+    python -m benchmarks.demo overrides=[experiment=gptoss20b] out=benchmarks/results/gptoss20b.json
 
-Runs `python train.py predictor=semantic` in an empty folder, then again with everything done, and
-keeps the evaluation that it printed as a table.
+The first is a newcomer's first command, on the embedded model; the second judges the same predictor
+on routing recorded from a real one. Kept is the evaluation that train.py prints as a table.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from benchmarks.record import ROOT, record
 from data.cli import parse_cli
 
 
-def train(outputs: Path) -> tuple[float, dict[str, Any]]:
+def train(outputs: Path, overrides: Sequence[str]) -> tuple[float, dict[str, Any]]:
     """Seconds and summary of one run."""
     start_s = time.perf_counter()
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "predictor=semantic", f"paths.root={outputs}"],
+        [sys.executable, str(ROOT / "train.py"), *overrides, f"paths.root={outputs}"],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -36,6 +37,7 @@ def train(outputs: Path) -> tuple[float, dict[str, Any]]:
 class Args:
     """Run train.py twice from nothing; out=PATH keeps what was measured."""
 
+    overrides: list[str] = field(default_factory=lambda: ["predictor=semantic"])
     out: Path | None = None
 
 
@@ -44,8 +46,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_cli(Args, argv)
     with tempfile.TemporaryDirectory() as folder:
         outputs = Path(folder) / "outputs"
-        first_s, summary = train(outputs)
-        second_s, _ = train(outputs)
+        first_s, summary = train(outputs, args.overrides)
+        second_s, _ = train(outputs, args.overrides)
         (file,) = outputs.glob("evaluations/*/evaluation.json")
         evaluation = json.loads(file.read_text())
     record(

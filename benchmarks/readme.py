@@ -105,6 +105,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "collect_overhead": _collect_overhead,
     "demo": _demo,
     "embedders": _embedders,
+    "gptoss20b": _demo,
     "recorded_truth": _recorded_truth,
     "simulate": _simulate,
 }

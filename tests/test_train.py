@@ -9,13 +9,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = (
-    "source.num_prompts=24",
-    "collect.max_prompt_tokens=24",
-    "collect.max_new_tokens=8",
-    "evaluate.lookaheads=[1,2]",
-    "evaluate.residencies=[0.25,0.5]",
-)
+SMALL = "debug=small"
 
 
 def train(outputs: Path, *overrides: str, logger: str = "none") -> subprocess.CompletedProcess[str]:
@@ -39,7 +33,7 @@ def summary(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], str]:
     outputs = tmp_path_factory.mktemp("train") / "outputs"
-    result = train(outputs, *SMALL, logger="wandb")
+    result = train(outputs, SMALL, logger="wandb")
     return outputs, summary(result), result.stdout
 
 
@@ -61,14 +55,14 @@ def test_one_command_collects_fits_judges_and_exports(
 
 def test_what_is_done_is_not_done_again(first: tuple[Path, dict[str, Any], str]) -> None:
     outputs, values, _ = first
-    result = train(outputs, *SMALL)
+    result = train(outputs, SMALL)
     assert summary(result)["artifact"] == values["artifact"]
     assert result.stderr.count("done before") + result.stdout.count("done before") == 4
 
 
 def test_another_predictor_shares_the_traces(first: tuple[Path, dict[str, Any], str]) -> None:
     outputs, values, _ = first
-    other = summary(train(outputs, *SMALL, "predictor=popularity"))
+    other = summary(train(outputs, SMALL, "predictor=popularity"))
     assert other["traces"] == values["traces"]
     assert other["artifact"] != values["artifact"]
     assert len(list((outputs / "traces").iterdir())) == 1
@@ -78,7 +72,7 @@ def test_a_stage_without_its_input_says_which_to_add(
     first: tuple[Path, dict[str, Any], str],
 ) -> None:
     outputs, _, _ = first
-    result = train(outputs, *SMALL, "seed=7", "stages=[evaluate]")
+    result = train(outputs, SMALL, "seed=7", "stages=[evaluate]")
     assert result.returncode == 1
     assert "'collect' has not been run" in result.stderr + result.stdout
     assert "Traceback" not in result.stderr
