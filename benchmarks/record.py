@@ -37,7 +37,8 @@ def circumstances() -> dict[str, Any]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = f"python -m {module.name}" if module else f"python {Path(sys.argv[0]).name}"
     return {
-        "command": " ".join([program, *sys.argv[1:]]),
+        # Without where the result was kept: that is not part of what was measured.
+        "command": " ".join([program, *(a for a in sys.argv[1:] if not a.startswith("out="))]),
         "commit": _commit(),
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "load_1_min": os.getloadavg()[0],
