@@ -14,7 +14,15 @@ ALLOWED = {
     "runtime": {"data", "predictors", "runtime"},
 }
 OURS = {*ALLOWED, "conf", "benchmarks", "train", "serve"}
-TRAIN_ONLY = {"lightning", "pytorch_lightning", "datasets", "wandb", "matplotlib", "pandas"}
+TRAIN_ONLY = {
+    "lightning",
+    "pytorch_lightning",
+    "datasets",
+    "wandb",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+}
 FILES = sorted(path for package in ALLOWED for path in (ROOT / package).rglob("*.py"))
 
 
