@@ -1,7 +1,6 @@
 """Attaching changes what a model keeps in memory, detaching changes everything back."""
 
 import gc
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,13 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from data.adapters import expert_parameters, moe_layers, router_probs_TE, spec_of
 from data.errors import NotAMoEError, SpecMismatchError
-from data.schema import MoESpec, Trace, TraceList, TraceSet
-from predictors.base import FitReport, Forecast, Predictor, State
+from data.schema import MoESpec, Trace, TraceList
+from predictors.base import Forecast, State
 from runtime.engine import attach
 from runtime.expert_layout import ExpertLayout
 from runtime.policies.base import later_use
 from runtime.simulate import replay_log
+from tests.fakes import ScriptedPredictor
 from tests.families import FAMILIES, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -27,7 +27,7 @@ SLOTS = 5
 CACHE_POLICIES = ("fifo", "lru", "lfu", "lfru")
 
 
-class Habit(Predictor):
+class Habit(ScriptedPredictor):
     """Expects the last token's map next, and afterwards an exponential average of all maps."""
 
     kind = "habit"
@@ -35,9 +35,6 @@ class Habit(Predictor):
 
     def __init__(self) -> None:
         super().__init__(gamma=0.8)
-
-    def fit(self, traces: TraceSet) -> FitReport:
-        raise NotImplementedError
 
     def on_token(
         self,
@@ -51,15 +48,6 @@ class Habit(Predictor):
         later_LE = 0.7 * past_LE + 0.3 * expert_map_LE
         state.forecast = Forecast(expert_map_LE, expert_map_LE + later_LE)
         return state.forecast
-
-    def config(self) -> dict[str, Any]:
-        return {}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
-        self.spec = spec
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """A predictor sees a running model's routing in order, causally, and one request at a time."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,13 +8,14 @@ import torch
 from torch import Tensor
 
 from data.adapters import moe_layers, router_probs_TE, spec_of
-from data.schema import MoESpec, Trace, TraceSet
-from predictors.base import FitReport, Forecast, Predictor, Request, State, walk
+from data.schema import Trace
+from predictors.base import Forecast, Request, State, walk
 from runtime.observer import Observer
+from tests.fakes import ScriptedPredictor
 from tests.families import tiny_model
 
 
-class Echo(Predictor):
+class Echo(ScriptedPredictor):
     """Forecasts the finished token's own map, and writes down everything that it is shown."""
 
     kind = "echo"
@@ -25,9 +25,6 @@ class Echo(Predictor):
         super().__init__(gamma=0.5)
         self.requests: list[Request] = []
         self.tokens: list[tuple[State, int | None, int | None]] = []
-
-    def fit(self, traces: TraceSet) -> FitReport:
-        raise NotImplementedError
 
     def on_request(self, state: State, request: Request) -> Forecast | None:
         self.requests.append(request)
@@ -44,15 +41,6 @@ class Echo(Predictor):
         state.num_tokens += 1
         self.tokens.append((state, token_id, next_token_id))
         return Forecast.stationary(expert_map_LE, gamma=self.gamma)
-
-    def config(self) -> dict[str, Any]:
-        return {}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
-        self.spec = spec
 
 
 @pytest.fixture

@@ -1,22 +1,22 @@
 """Served with a quarter of the experts resident, a model says what it says with all of them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from starlette.testclient import TestClient
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from data.adapters import spec_of
-from data.schema import MoESpec, TraceSet
+from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
-from predictors.base import FitReport, Forecast, Predictor, Request, State
+from predictors.base import Forecast, Request, State
 from runtime.engine import Offload, attach
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.sampling import SamplingParams
+from tests.fakes import ScriptedPredictor
 from tests.families import FAMILIES, tiny_model
 from tests.runtime.server.fakes import generate, samples, wait_until
 
@@ -27,7 +27,7 @@ ASKS: list[dict[str, Any]] = [
 ]
 
 
-class Prophet(Predictor):
+class Prophet(ScriptedPredictor):
     """Remembers the prompts that it was shown, and expects every expert alike."""
 
     kind = "prophet"
@@ -42,18 +42,6 @@ class Prophet(Predictor):
         self.prompts.append(request.prompt)
         flat_LE = torch.ones(self.fitted_spec().num_layers, self.fitted_spec().num_experts)
         return Forecast.stationary(flat_LE, gamma=self.gamma)
-
-    def fit(self, traces: TraceSet) -> FitReport:
-        raise NotImplementedError
-
-    def config(self) -> dict[str, Any]:
-        return {}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        return {}
-
-    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
-        raise NotImplementedError
 
 
 @pytest.fixture
