@@ -1,12 +1,14 @@
 """What a predictor is: one thin interface for everything that forecasts experts.
 
-A predictor speaks at up to three moments, and keeps its per-request past in a `State` that the
+A predictor speaks at up to four moments, and keeps its per-request past in a `State` that the
 caller owns (so that requests never share a past, and a batch is a list of states):
 
 - **request** (`on_request`): the prompt is known, nothing has been routed yet.
 - **token** (`on_token`): one token has passed all layers; its whole expert map is known, and so is
   the id of the token that will be fed next. Nothing of that next token's routing is.
 - **layer** (`on_layer`): layer l has just routed this very token; says who is next at l+1..l+H.
+- **routed** (`on_routed`): the same point; says what layer l itself will need after this token.
+  Evictions spend this; who has nothing to say here is taken at `forecast - next`.
 
 Forecasts are float32 torch tensors on the CPU unless a predictor says otherwise:
 
@@ -36,7 +38,7 @@ from torch import Tensor
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.embedders.base import Embedder
 
-Moment = Literal["request", "token", "layer"]
+Moment = Literal["request", "token", "layer", "routed"]
 
 
 class Forecast(NamedTuple):
@@ -49,6 +51,20 @@ class Forecast(NamedTuple):
     def stationary(cls, next_LE: Tensor, *, gamma: float) -> "Forecast":
         """The forecast of someone who expects every coming token to look like the next one."""
         return cls(next_LE, next_LE / (1.0 - gamma))
+
+
+class Walked(NamedTuple):
+    """What a predictor said while a recorded request was replayed (`Predictor.walk`).
+
+    Attributes:
+        forecasts: T of them: element t is what was known just before row t was routed, element 0
+            from the prompt alone, element t from rows 0..t-1.
+        later_TLE: float32, what `on_routed` said of row t in layer l, from rows 0..t-1 and from
+            layers 0..l of row t; None where the predictor does not speak at that moment.
+    """
+
+    forecasts: Sequence[Forecast | None]
+    later_TLE: Tensor | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,6 +182,53 @@ class Predictor(ABC):
         """Use by these very tokens at layers l+1..l+H: float32 [T, H, E], or None."""
         return None
 
+    def on_routed(self, state: State, layer: int, router_probs_E: Tensor) -> Tensor | None:
+        """Use of one layer's experts after the token that it has just routed.
+
+        Called for layers 0, 1, ... of a token in turn, before its `on_token`, and only where tokens
+        come one at a time: a prompt's tokens are routed together.
+
+        Args:
+            state: The request's past; may be updated in place.
+            layer: The layer.
+            router_probs_E: float32, its row of the token's expert map.
+
+        Returns:
+            float32 [E] in the unit of ``forecast_LE - next_LE``, which stands in for None.
+        """
+        return None
+
+    def walk(self, trace: Trace, *, with_truth: bool = False) -> Walked:
+        """Everything that is said while ``trace`` is replayed, strictly causally.
+
+        Override it only to say the same faster: a test compares.
+        """
+        spec = self.fitted_spec()
+        state = self.new_state()
+        forecasts = [self.on_request(state, Request.of(trace, with_truth=with_truth))]
+        later_TLE = None
+        if "routed" in self.moments:
+            later_TLE = torch.zeros(trace.num_tokens, spec.num_layers, spec.num_experts)
+        ids_P, first = trace.token_ids_P, trace.first_routed_position
+        for t in range(trace.num_tokens):
+            expert_map_LE = torch.from_numpy(trace.expert_map_LE(t, spec.num_experts))
+            if later_TLE is not None:
+                for layer, router_probs_E in enumerate(expert_map_LE):
+                    later_E = self.on_routed(state, layer, router_probs_E)
+                    assert later_E is not None, f"{self.kind!r} has 'routed' among its moments"
+                    later_TLE[t, layer] = later_E
+            if t == trace.num_tokens - 1:
+                break
+            forecasts.append(
+                self.on_token(
+                    state,
+                    expert_map_LE,
+                    token_id=None if ids_P is None else int(ids_P[first + t]),
+                    next_token_id=None if ids_P is None else int(ids_P[first + t + 1]),
+                )
+            )
+        return Walked(forecasts, later_TLE)
+
     @abstractmethod
     def config(self) -> dict[str, Any]:
         """The constructor's arguments as plain JSON values, without the embedder."""
@@ -194,27 +257,3 @@ class Predictor(ABC):
         if self.spec is None:
             raise ValueError(f"predictor {self.kind!r} is not fitted: call fit or load an artifact")
         return self.spec
-
-
-def walk(
-    predictor: Predictor, trace: Trace, *, with_truth: bool = False
-) -> Sequence[Forecast | None]:
-    """Every forecast that ``predictor`` makes while ``trace`` is replayed, strictly causally.
-
-    Element t is what was known just before row t was routed: element 0 from the prompt alone,
-    element t from rows 0..t-1. The result has T elements.
-    """
-    spec = predictor.fitted_spec()
-    state = predictor.new_state()
-    forecasts = [predictor.on_request(state, Request.of(trace, with_truth=with_truth))]
-    ids_P, first = trace.token_ids_P, trace.first_routed_position
-    for t in range(trace.num_tokens - 1):
-        forecasts.append(
-            predictor.on_token(
-                state,
-                torch.from_numpy(trace.expert_map_LE(t, spec.num_experts)),
-                token_id=None if ids_P is None else int(ids_P[first + t]),
-                next_token_id=None if ids_P is None else int(ids_P[first + t + 1]),
-            )
-        )
-    return forecasts

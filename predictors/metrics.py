@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from data.errors import SpecMismatchError
 from data.schema import MoESpec, Split, Trace, TraceSet
-from predictors.base import Forecast, Predictor, walk
+from predictors.base import Forecast, Predictor
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 
 LOOKAHEADS = (1, 2, 4, 8)
@@ -283,7 +283,7 @@ def _batches(predictor: Predictor, trace: Trace, rows: slice) -> Iterator[_Batch
     Yields:
         Forecasts (or None for a run without), and the first row and the row after the last of each.
     """
-    said = walk(predictor, trace, with_truth=predictor.needs_truth)
+    said = predictor.walk(trace, with_truth=predictor.needs_truth).forecasts
     runs: list[tuple[Forecast, int, int]] = []
     silent: list[tuple[int, int]] = []
     start = rows.start

@@ -184,8 +184,15 @@ class Offload:
         def keep(forecast: Forecast) -> None:
             self._later_use_LE.copy_(later_use(forecast))
 
+        def keep_layer(layer: int, later_E: Tensor) -> None:
+            self._later_use_LE[layer] = later_E
+
         self._observer = Observer(
-            model=model, layers=self._layers, predictor=predictor, on_forecast=keep
+            model=model,
+            layers=self._layers,
+            predictor=predictor,
+            on_forecast=keep,
+            on_later=keep_layer,
         )
 
     @torch.no_grad()

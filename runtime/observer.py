@@ -5,6 +5,9 @@ called at the start of the *next* forward pass: only then is its map whole and t
 it known, and still nothing of the next token has been routed. So forecasts are strictly causal:
 those that `predictors.base.walk` makes from the recorded trace.
 
+What a predictor says of a layer that has routed (`on_routed`) is asked for right after its router
+ran, in passes of one token a row, and passed on before the layer's experts are computed.
+
 A request begins where a forward pass starts without a past (an empty KV cache), or where the
 caller says so. Each row of a batch has its own `State`; the forecast passed on is their mean.
 
@@ -35,6 +38,8 @@ class Observer:
         predictor: A fitted predictor for this model.
         on_forecast: Called before a forward pass with the forecast for it, unless the predictor
             has nothing to say.
+        on_later: Called with a layer and the use of its experts after the token that it has just
+            routed, float32 [E], where the predictor says it (`Predictor.on_routed`).
     """
 
     def __init__(
@@ -44,10 +49,12 @@ class Observer:
         layers: Sequence[MoELayer],
         predictor: Predictor,
         on_forecast: Callable[[Forecast], None],
+        on_later: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._signature = inspect.signature(model.forward)
         self._predictor = predictor
         self._on_forecast = on_forecast
+        self._on_later = on_later if "routed" in predictor.moments else None
         self._prompts: tuple[str, ...] | None = None
         self._states: list[State] = []
         self._forecasts: list[Forecast | None] = []
@@ -75,9 +82,20 @@ class Observer:
     def _router_hook(self, moe: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         def keep_map(router: nn.Module, args: Any, output: Any) -> None:
             probs_TE = router_probs_TE(moe, output[0])
-            self._maps[moe.layer] = probs_TE.reshape(-1, probs_TE.shape[-1])
+            probs_TE = probs_TE.reshape(-1, probs_TE.shape[-1])
+            self._maps[moe.layer] = probs_TE
+            if self._on_later is not None and len(probs_TE) == len(self._states):
+                self._on_later(moe.layer, self._later_E(moe.layer, probs_TE.cpu()))
 
         return keep_map
+
+    def _later_E(self, layer: int, probs_BE: Tensor) -> Tensor:
+        """What the rows of a batch of single tokens say together of a layer that has routed."""
+        said = [
+            self._predictor.on_routed(state, layer, probs_E)
+            for state, probs_E in zip(self._states, probs_BE, strict=True)
+        ]
+        return torch.stack([later_E for later_E in said if later_E is not None]).mean(0)
 
     @torch.no_grad()
     def _before_forward(

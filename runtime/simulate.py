@@ -31,7 +31,7 @@ from data.errors import MoecastError
 from data.importers import load_traces
 from data.schema import MoESpec, TraceSet
 from predictors.artifact import load_artifact
-from predictors.base import Forecast, Predictor, walk
+from predictors.base import Predictor, Walked
 from runtime.budget import Budget, Scope, parse_budgets, working_set_bytes
 from runtime.cache import Event, ExpertCache
 from runtime.metrics import Clock, Counters, gap_closed, ratio
@@ -256,15 +256,13 @@ def _serve_pool(
         counters.add(step, layer)
 
 
-def _walker(
-    predictor: Predictor, traces: TraceSet, *, with_truth: bool
-) -> Callable[[int], Sequence[Forecast | None]]:
-    def forecasts(index: int) -> Sequence[Forecast | None]:
+def _walker(predictor: Predictor, traces: TraceSet, *, with_truth: bool) -> Callable[[int], Walked]:
+    def walked(index: int) -> Walked:
         # What a predictor keeps for itself must not become an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
-            return walk(predictor, traces[index], with_truth=with_truth)
+            return predictor.walk(traces[index], with_truth=with_truth)
 
-    return forecasts
+    return walked
 
 
 def _result(

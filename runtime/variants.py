@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from data.schema import MoESpec
-from predictors.base import Forecast
+from predictors.base import Walked
 from runtime.policies.base import Policy, Usage, later_use
 from runtime.replay import ReplayEvent
 
@@ -59,8 +59,8 @@ class Foresights:
     Args:
         spec: The model's MoE.
         policies: In the order of the rows.
-        forecasts: Index of a trace -> the forecasts made before each of its rows, for policies that
-            spend forecasts. The latest forecast stands until there is another, across requests too.
+        walk: Index of a trace -> what a predictor said during it, for policies that spend
+            forecasts. The latest forecast stands until there is another, across requests too.
 
     Attributes:
         scores_PLE: float32, what `Policy.keep_scores` gets; updated in place.
@@ -70,19 +70,19 @@ class Foresights:
         self,
         spec: MoESpec,
         policies: Sequence[Policy],
-        forecasts: Callable[[int], Sequence[Forecast | None]] | None,
+        walk: Callable[[int], Walked] | None,
     ) -> None:
         self.scores_PLE = torch.zeros(len(policies), spec.num_layers, spec.num_experts)
         self._truths, self._forecasts = (
             [row for row, p in zip(self.scores_PLE, policies, strict=True) if p.foresight == kind]
             for kind in ("truth", "forecast")
         )
-        if self._forecasts and forecasts is None:
+        if self._forecasts and walk is None:
             names = [policy.name for policy in policies if policy.foresight == "forecast"]
             raise ValueError(f"policy {names[0]!r} spends a forecast: it needs a predictor")
-        self._walk = forecasts
+        self._walk = walk
         self._trace_index = -1
-        self._walked: Sequence[Forecast | None] = ()
+        self._walked = Walked((), None)
         self._later_LE = torch.zeros(spec.num_layers, spec.num_experts)
 
     def begin(self, event: ReplayEvent) -> None:
@@ -91,11 +91,13 @@ class Foresights:
             return
         if event.trace_index != self._trace_index:
             self._trace_index, self._walked = event.trace_index, self._walk(event.trace_index)
-        forecast = self._walked[event.first_row]
+        forecast = self._walked.forecasts[event.first_row]
         if forecast is not None:
             self._later_LE = later_use(forecast)
             for row_LE in self._forecasts:
                 row_LE.copy_(forecast.forecast_LE)
+        if self._walked.later_TLE is not None and event.index_NLK.shape[0] == 1:
+            self._later_LE = self._walked.later_TLE[event.first_row]
 
     def route(self, event: ReplayEvent, layer: int | None = None) -> None:
         """A layer (or, for None, each one) routed the event: what counts there is later use."""

@@ -10,6 +10,7 @@ Where a prompt is given, its tokens carry no routing: the rows are decode steps.
 rows are taken for a prompt's, as of a teacher-forced forward pass.
 """
 
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -26,18 +27,33 @@ from data.splits import split_by_topic
 
 logger = logging.getLogger(__name__)
 
+_FIRST_TEXT_ID = 2**24
+_READ_AS = "token ids by text"  # part of the digest: the same file was once read otherwise
+
 
 def recognises(content: Peek) -> bool:
     """Whether a file is of this format."""
     return content.arrays >= {"experts", "seq_offsets"}
 
 
+def token_id_of(text: str) -> int:
+    """The id of a token that is known by its string alone: the same in every file.
+
+    From the string's digest, above every tokenizer's ids and below 2**31, so that what was learned
+    from such a file neither mistakes another file's tokens nor a model's for its own. Among 20,000
+    strings, two share an id with a chance of 1 in 10.
+    """
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return _FIRST_TEXT_ID + int.from_bytes(digest) % (2**31 - _FIRST_TEXT_ID)
+
+
 def read_per_token_npz(path: Path) -> TraceList:
     """Read one npz and the files beside it; experts stand in the order of the file.
 
-    ``token_ids_P`` are indices into ``X.vocab.json``, not the model's ids: equal tokens have equal
-    ids within the file, and that is all. ``prompt`` is the rendered prompt, chat template included,
-    joined from the token strings; a character that the tokenizer cut in two shows as U+FFFD.
+    ``token_ids_P`` are `token_id_of` the token strings, not the model's ids: equal tokens have
+    equal ids in every such file, and that is all. ``prompt`` is the rendered prompt, chat template
+    included, joined from the token strings; a character that the tokenizer cut in two shows as
+    U+FFFD.
 
     Raises:
         DamagedFileError: An array is unreadable, or they contradict each other.
@@ -99,7 +115,7 @@ def read_per_token_npz(path: Path) -> TraceList:
         ),
         traces=traces,
         split=split_by_topic(topics_of),
-        digest=digest_json([sha256_file(file) for file in files]),
+        digest=digest_json([_READ_AS, *(sha256_file(file) for file in files)]),
         probs_kind=_probs_kind(probs_NLK),
         path=path,
     )
@@ -130,11 +146,12 @@ def _read_prompts(
     prompt_offsets = _check_offsets(arrays, "prompt_offsets", len(prompt_tokens), path)
     if len(prompt_offsets) != len(offsets):
         raise DamagedFileError(path, "prompt_offsets and seq_offsets disagree in length")
+    id_of_V = np.array([token_id_of(text) for text in vocab], np.int32)
     prompts = []
     for b in range(len(offsets) - 1):
         ids = prompt_tokens[prompt_offsets[b] : prompt_offsets[b + 1]]
         generated = tokens[offsets[b] : offsets[b + 1]]
-        token_ids_P = np.concatenate([ids, generated]).astype(np.int32)
+        token_ids_P = id_of_V[np.concatenate([ids, generated]).astype(np.int64)]
         prompts.append(_RecordedPrompt(len(ids), "".join(vocab[i] for i in ids), token_ids_P))
     return prompts
 

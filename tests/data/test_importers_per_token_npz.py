@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.errors import DamagedFileError, MalformedInputError
-from data.importers.per_token_npz import read_per_token_npz
+from data.importers.per_token_npz import read_per_token_npz, token_id_of
 
 VOCAB = ["Hello", " world", "!", "<s>"]
 
@@ -61,7 +61,24 @@ def test_a_prompt_comes_before_the_routed_tokens(tmp_path: Path) -> None:
     trace = read_per_token_npz(write(tmp_path))[0]
     assert trace.prompt == "<s>Hello world"
     assert trace.first_routed_position == trace.num_prompt_tokens == 3
-    np.testing.assert_array_equal(trace.token_ids_P, [3, 0, 1, 2, 2])
+    words = ["<s>", "Hello", " world", "!", "!"]
+    np.testing.assert_array_equal(trace.token_ids_P, [token_id_of(word) for word in words])
+
+
+def test_a_token_has_the_same_id_in_every_file(tmp_path: Path) -> None:
+    """Files number their tokens by themselves: by those numbers, what a predictor learned of " the"
+    in one file was applied to whatever stood in its place in the next."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one = read_per_token_npz(write(tmp_path / "a"))[0]
+    shuffled = {"prompt_tokens": np.array([2, 3, 0, 2]), "tokens": np.array([1, 1, 0, 3, 1])}
+    vocab = ["world", "!", "<s>", "Hello"]
+    other = read_per_token_npz(write(tmp_path / "b", vocab=vocab, **shuffled))[0]
+    assert one.token_ids_P is not None
+    assert other.token_ids_P is not None
+    same = [True, True, False, True, True]  # " world" and "world" are two tokens
+    assert (one.token_ids_P == other.token_ids_P).tolist() == same
+    assert one.token_ids_P.min() >= 2**24
 
 
 def test_without_a_prompt_all_tokens_are_prompt_tokens(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from data.errors import DamagedFileError, SpecMismatchError
 from data.schema import TraceSet
 from predictors import registry
 from predictors.artifact import artifact_digest, load_artifact, read_manifest, save_artifact
-from predictors.base import Predictor, walk
+from predictors.base import Predictor
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -63,7 +63,9 @@ def test_a_loaded_predictor_makes_identical_forecasts(tmp_path: Path, name: str)
     again = load_artifact(tmp_path / "a", expect=SPEC)
     assert again.kind == predictor.kind
     assert again.config() == predictor.config()
-    for said, repeated in zip(walk(predictor, traces[3]), walk(again, traces[3]), strict=True):
+    for said, repeated in zip(
+        predictor.walk(traces[3]).forecasts, again.walk(traces[3]).forecasts, strict=True
+    ):
         if said is None or repeated is None:
             assert said is repeated
             continue
@@ -73,7 +75,7 @@ def test_a_loaded_predictor_makes_identical_forecasts(tmp_path: Path, name: str)
 
 def test_an_empty_store_can_be_saved_and_loaded(tmp_path: Path) -> None:
     export(tmp_path / "a", traces=make_traces({}))
-    assert set(walk(load_artifact(tmp_path / "a"), random_traces()[0])) == {None}
+    assert set(load_artifact(tmp_path / "a").walk(random_traces()[0]).forecasts) == {None}
 
 
 def test_manifest_names_parents_files_and_what_was_found(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from predictors.base import Request, walk
+from predictors.base import Request
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -74,7 +74,7 @@ def test_oracle_says_the_next_use_and_the_discounted_future() -> None:
     predictor = Oracle(gamma=0.5)
     trace = make_trace("a", [0, 1, 0])
     predictor.fit(make_traces({"test": [trace]}))
-    said = walk(predictor, trace, with_truth=True)
+    said = predictor.walk(trace, with_truth=True).forecasts
     assert [forecast.next_LE[0].argmax().item() for forecast in said if forecast] == [0, 1, 0]
     assert said[0] is not None
     assert said[0].forecast_LE[0].tolist() == [1.25, 0.5, 0.0, 0.0]
@@ -100,7 +100,7 @@ def test_none_never_says_anything() -> None:
     predictor = Silent()
     traces = random_traces()
     predictor.fit(traces)
-    assert set(walk(predictor, traces[0])) == {None}
+    assert set(predictor.walk(traces[0]).forecasts) == {None}
     assert predictor.spec == SPEC
 
 

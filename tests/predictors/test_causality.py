@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data.schema import Trace
-from predictors.base import Forecast, Predictor, Request, walk
+from predictors.base import Forecast, Predictor, Request
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
@@ -47,8 +47,8 @@ def with_other_future(trace: Trace, t: int) -> Trace:
 
 def future_changes(predictor: Predictor) -> list[bool]:
     trace = make_trace("new", [0, 1, 0, 2, 1, 0, 0, 1])
-    told = walk(predictor, trace, with_truth=predictor.needs_truth)
-    other = walk(predictor, with_other_future(trace, 5), with_truth=predictor.needs_truth)
+    told = predictor.walk(trace, with_truth=predictor.needs_truth).forecasts
+    other = predictor.walk(with_other_future(trace, 5), with_truth=predictor.needs_truth).forecasts
     return [not equal(a, b) for a, b in zip(told, other, strict=True)]
 
 
@@ -72,9 +72,9 @@ def test_two_requests_in_turn_do_not_share_a_past(name: str) -> None:
     predictor.fit(random_traces())
     first = make_trace("first", [3] * 30, prompt="ships")
     second = make_trace("second", [0, 1, 0, 1], prompt="cats")
-    alone = walk(predictor, second)
-    walk(predictor, first)
-    assert all(equal(a, b) for a, b in zip(alone, walk(predictor, second), strict=True))
+    alone = predictor.walk(second).forecasts
+    predictor.walk(first)
+    assert all(equal(a, b) for a, b in zip(alone, predictor.walk(second).forecasts, strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -93,7 +93,9 @@ def test_interleaved_requests_say_what_each_would_alone(name: str) -> None:
             next_id = int(trace.topk_expert_ids_TLK[t + 1, 0, 0])
             said[i].append(predictor.on_token(states[i], map_LE, next_token_id=next_id))
     for i, trace in enumerate(traces):
-        assert all(equal(a, b) for a, b in zip(said[i], walk(predictor, trace), strict=True))
+        assert all(
+            equal(a, b) for a, b in zip(said[i], predictor.walk(trace).forecasts, strict=True)
+        )
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from predictors.base import Forecast, Request, walk
+from predictors.base import Forecast, Request
 from predictors.metrics import evaluate_recall
 from predictors.popularity import Popularity
 from predictors.semantic import Semantic
@@ -87,7 +87,9 @@ def test_centring_takes_the_shared_template_off() -> None:
 def test_next_use_sums_to_about_k_and_comes_true_as_often_as_it_says() -> None:
     traces = random_traces(num_requests=80)
     predictor = fitted(traces)
-    sums = torch.stack([f.next_LE.sum(-1) for f in walk(predictor, traces[-1]) if f is not None])
+    sums = torch.stack(
+        [f.next_LE.sum(-1) for f in predictor.walk(traces[-1]).forecasts if f is not None]
+    )
     assert sums.mean().item() == pytest.approx(1.0, abs=0.1)
     error = evaluate_recall(predictor, traces).reliability.expected_calibration_error
     assert error < 0.02
@@ -115,7 +117,7 @@ def test_a_known_next_token_sharpens_the_forecast_and_an_unknown_one_leaves_it()
 def test_the_forecast_moves_to_what_the_request_really_uses() -> None:
     traces = random_traces()
     predictor = fitted(traces, granularity="request", adapt_tokens=8)
-    said = walk(predictor, make_trace("odd", [2] * 60, prompt="cats"))
+    said = predictor.walk(make_trace("odd", [2] * 60, prompt="cats")).forecasts
     assert said[0] is not None
     assert said[-1] is not None
     assert said[0].forecast_LE[0].argmax() == 0
@@ -124,7 +126,10 @@ def test_the_forecast_moves_to_what_the_request_really_uses() -> None:
 
 def test_without_adaptation_a_request_has_one_forecast() -> None:
     predictor = fitted(random_traces(), **PAPER)
-    assert len({id(forecast) for forecast in walk(predictor, make_trace("new", [2] * 9))}) == 1
+    assert (
+        len({id(forecast) for forecast in predictor.walk(make_trace("new", [2] * 9)).forecasts})
+        == 1
+    )
 
 
 def test_an_empty_store_predicts_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -132,7 +137,7 @@ def test_an_empty_store_predicts_nothing(caplog: pytest.LogCaptureFixture) -> No
     with caplog.at_level(logging.WARNING):
         predictor = fitted(traces)
     assert "empty" in caplog.text
-    assert set(walk(predictor, traces[0])) == {None}
+    assert set(predictor.walk(traces[0]).forecasts) == {None}
 
 
 def test_a_request_that_routed_nothing_is_not_stored() -> None:

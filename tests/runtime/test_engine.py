@@ -50,6 +50,17 @@ class Habit(ScriptedPredictor):
         return state.forecast
 
 
+class LayerHabit(Habit):
+    """In a layer that has routed, also expects that token's experts again."""
+
+    kind = "layer_habit"
+    moments = frozenset({"token", "routed"})
+
+    def on_routed(self, state: State, layer: int, router_probs_E: Tensor) -> Tensor | None:
+        past_E = later_use(state.forecast)[layer] if state.forecast else 0.0
+        return past_E + 2.0 * router_probs_E
+
+
 @pytest.fixture
 def model() -> Any:
     return tiny_model("qwen3_moe")
@@ -274,6 +285,24 @@ def test_the_simulator_makes_the_same_forecasts_and_so_the_same_events(
     traces = trace_set(recorder.trace(), offload.spec)
     assert offload.events == replay_log(traces, policy="forecast", slots=SLOTS, predictor=habit)
     assert offload.events != replay_log(traces, policy="lru", slots=SLOTS)
+
+
+def test_what_a_layer_has_just_routed_counts_for_its_own_evictions(model: Any) -> None:
+    """The engine asks after the router ran and before the experts do; so does a replay."""
+    events = {}
+    for predictor in (Habit(), LayerHabit()):
+        predictor.load_state(spec_of(model), {})
+        recorder = Recorder(model)
+        with attach(
+            model, slots=SLOTS, policy="forecast", predictor=predictor, record_events=True
+        ) as offload:
+            generate(model)
+        traces = trace_set(recorder.trace(), offload.spec)
+        events[predictor.kind] = offload.events
+        assert offload.events == replay_log(
+            traces, policy="forecast", slots=SLOTS, predictor=predictor
+        )
+    assert events["habit"] != events["layer_habit"]
 
 
 def test_a_forecasting_engine_says_what_the_resident_model_says(model: Any, habit: Habit) -> None:

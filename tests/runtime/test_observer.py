@@ -9,7 +9,7 @@ from torch import Tensor
 
 from data.adapters import moe_layers, router_probs_TE, spec_of
 from data.schema import Trace
-from predictors.base import Forecast, Request, State, walk
+from predictors.base import Forecast, Request, State
 from runtime.observer import Observer
 from tests.fakes import ScriptedPredictor
 from tests.families import tiny_model
@@ -108,7 +108,7 @@ def test_the_running_model_makes_the_forecasts_that_a_replay_of_its_trace_makes(
     output_P = generate(model, [[3, 1, 4, 1, 5]])[0]
     observer.remove()
     seen = predictor.tokens[:]
-    replayed = walk(predictor, trace_of(model, output_P[:-1], num_prompt_tokens=5))
+    replayed = predictor.walk(trace_of(model, output_P[:-1], num_prompt_tokens=5)).forecasts
     expected = [replayed[t] for t in range(5, 9)]  # one forward pass for each of 4 decode steps
     for mine, theirs in zip(forecasts, expected, strict=True):
         torch.testing.assert_close(mine.forecast_LE, theirs.forecast_LE, rtol=0, atol=1e-5)

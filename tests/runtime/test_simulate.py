@@ -17,7 +17,7 @@ from data.importers.bigmoe_route import RecordedRoute, read_bigmoe_route
 from data.importers.per_token_npz import read_per_token_npz
 from data.schema import MoESpec, Trace, TraceList
 from predictors.artifact import save_artifact
-from predictors.base import FitReport, Forecast, Predictor, Request, State, walk
+from predictors.base import FitReport, Forecast, Predictor, Request, State
 from predictors.popularity import Popularity
 from runtime.cache import Event, ExpertCache
 from runtime.metrics import Clock
@@ -325,12 +325,12 @@ def test_a_layer_goes_by_later_use_once_it_has_routed_the_token() -> None:
     traces = trace_list([[[0, 1], [2, 3]], [[0, 4], [2, 5]]])
     seer = Seer(gamma=0.5)
     seer.fit(traces)
-    walked = walk(seer, traces[0], with_truth=True)
+    walked = seer.walk(traces[0], with_truth=True)
     policies = [make_policy("lru"), make_policy("forecast"), make_policy("belady")]
     foresight = Foresights(traces.spec, policies, lambda index: walked)
     event = next(iter(EventList.of(traces)))
     foresight.begin(event)
-    assert foresight.scores_PLE[1].tolist() == walked[0].forecast_LE.tolist()
+    assert foresight.scores_PLE[1].tolist() == walked.forecasts[0].forecast_LE.tolist()
     foresight.route(event, 0)
     assert foresight.scores_PLE[1, 0].tolist() == [0.5, 0, 0, 0, 0.5, 0]
     assert foresight.scores_PLE[1, 1].tolist() == [0, 0, 1.5, 1, 0, 0.5]
