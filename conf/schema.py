@@ -54,6 +54,7 @@ class TrainConfig:
     source: Any = MISSING
     embedder: Any = MISSING
     predictor: Any = MISSING
+    trainer: Any = MISSING
     logger: Any = MISSING
     paths: Any = MISSING
     collect: CollectSettings = field(default_factory=CollectSettings)
