@@ -160,9 +160,10 @@ def _losses(targets: dict[str, Any]) -> str:
     if targets["previous_token_recall"] is None:
         return _paragraph(
             "Beside a small z-loss, one loss shapes the routing of each layer: load balance over",
-            "the batch (Switch Transformer, Eqs 4-6), as strong as it takes for the least used",
-            f"expert to get {targets['min_share']} of an even share. Nothing pulls a token to the",
-            "experts of its neighbours.",
+            "the batch (Switch Transformer, Eqs 4-6). Its coefficient is at least",
+            f"{targets['least_balance_coef']} and rises while the least used expert gets less than",
+            f"{targets['min_share']} of an even share. Nothing pulls a token to the experts of its",
+            "neighbours.",
         )
     return _paragraph(
         "Two losses shape the routing of each layer, each as strong as its target needs: load",

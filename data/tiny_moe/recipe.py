@@ -42,7 +42,7 @@ from data.tiny_moe.corpus import (
     tokenizer_sample,
 )
 from data.tiny_moe.evaluate import evaluate
-from data.tiny_moe.router_loss import RouterTargets
+from data.tiny_moe.router_loss import USUAL_BALANCE_COEF, RouterTargets
 from data.tiny_moe.routing import DENSE_EXPERTS
 from data.tiny_moe.tokenizer import END, token_num_bytes, train_tokenizer
 from data.tiny_moe.topology import TOPOLOGIES, MoECausalLM
@@ -68,7 +68,8 @@ class Recipe:
         out: Folder to create.
         topology: Architecture and sizes: `qwen3_moe`, the embedded model, or `olmoe`.
         locality: Pull at the routers until tokens share experts with their neighbours, as large
-            models do by themselves; false leaves only load balancing, as in ordinary training.
+            models do by themselves; false leaves only load balancing, as in ordinary training,
+            never weaker than is usual there.
         steps: Optimizer steps.
         batch_size: Sequences per step.
         seq_len: Tokens per sequence.
@@ -195,7 +196,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     settings = TrainSettings(
         **{key: value for key, value in dataclasses.asdict(recipe).items() if key in shared}
     )
-    targets = RouterTargets() if recipe.locality else RouterTargets(previous_token_recall=None)
+    targets = RouterTargets()
+    if not recipe.locality:
+        targets = RouterTargets(previous_token_recall=None, least_balance_coef=USUAL_BALANCE_COEF)
     report = train(model, streams, weights, settings, targets)
     logger.info("trained %d tokens in %.0f s", report.tokens, report.seconds)
 

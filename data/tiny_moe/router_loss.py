@@ -12,6 +12,9 @@ import torch
 
 from data.tiny_moe.routing import expert_share_LE
 
+USUAL_BALANCE_COEF = 0.01
+"""Coefficient of load balancing in ordinary training (Switch Transformer §2.2; OLMoE too)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterTargets:
@@ -23,12 +26,16 @@ class RouterTargets:
             models have 0.43 (gpt-oss-20b) and 0.29 (DeepSeek-V2-Lite architecture). None leaves
             the locality loss out, as ordinary training does.
         chunk: Tokens in a passage, over which usage should be concentrated.
+        least_balance_coef: The load-balancing coefficient does not fall below this. In the first
+            hundreds of steps all experts are used, and a coefficient that falls to nothing then
+            has to climb back while experts die.
         z_coef: Coefficient of the router z-loss (ST-MoE §3.2), which keeps logits small.
     """
 
     min_share: float = 0.4
     previous_token_recall: float | None = 0.38
     chunk: int = 64
+    least_balance_coef: float = 1e-4
     z_coef: float = 1e-3
 
 
@@ -69,7 +76,9 @@ class RouterLoss:
         self.share_LE = torch.zeros(num_layers, num_experts, device=device)
         self.recall_L = torch.zeros(num_layers, device=device)
         ones_L = torch.ones(num_layers, device=device)
-        self.balance = Controller(0.05 * ones_L, target=targets.min_share, least=1e-4, most=0.1)
+        self.balance = Controller(
+            0.05 * ones_L, target=targets.min_share, least=targets.least_balance_coef, most=0.1
+        )
         self.locality: Controller | None = None
         if targets.previous_token_recall is not None:
             self.locality = Controller(

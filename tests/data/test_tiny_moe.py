@@ -400,6 +400,20 @@ def test_a_controller_raises_what_is_below_target_and_lowers_what_is_above() -> 
     torch.testing.assert_close(coef_L, torch.tensor([1.2, 1.0, 0.9]))
 
 
+def test_load_balancing_does_not_fall_below_its_least_coefficient() -> None:
+    even_LTE = torch.eye(8).roll(1, 1)[None] + torch.eye(8)[None]
+    for least in (1e-4, 0.01):
+        router_loss = RouterLoss(
+            num_layers=1,
+            num_experts=8,
+            device=torch.device("cpu"),
+            targets=RouterTargets(previous_token_recall=None, least_balance_coef=least),
+        )
+        for _ in range(800):
+            router_loss(even_LTE, even_LTE.topk(2).indices[:, None])
+        assert router_loss.summary()["balance_coef"] == pytest.approx(least)
+
+
 def test_without_a_recall_target_neighbours_do_not_matter_to_the_router_loss() -> None:
     def loss(recall: float | None, order_T: torch.Tensor) -> float:
         targets = RouterTargets(previous_token_recall=recall, chunk=16)
@@ -551,9 +565,10 @@ def test_the_recipe_makes_an_olmoe_whose_routing_can_be_collected(tmp_path: Path
     shards = list(out.glob("*.safetensors"))
     assert len(shards) > 1
     assert all(shard.stat().st_size < 14_000_000 for shard in shards)
-    card = (out / "README.md").read_text(encoding="utf-8")
+    card = " ".join((out / "README.md").read_text(encoding="utf-8").split())
     assert "stock OLMoE architecture: 16 layers of 64 experts, top-8" in card
-    assert "Nothing pulls a token to the experts of its neighbours." in " ".join(card.split())
+    assert "Its coefficient is at least 0.01 and rises" in card
+    assert "Nothing pulls a token to the experts of its neighbours." in card
     assert "TINY_MOE_DIR" not in card
 
     loaded = AutoModelForCausalLM.from_pretrained(out)
