@@ -9,15 +9,18 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.forecaster import Forecaster
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
 from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 
+QUIET = {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
 MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": Popularity,
     "previous_token": PreviousToken,
+    "forecaster": lambda: Forecaster(hidden_dim=16, epochs=1, trainer=QUIET),
     "semantic": lambda: Semantic(embedder=WordEmbedder()),
     "semantic as in the paper": lambda: Semantic(
         embedder=WordEmbedder(),
