@@ -93,12 +93,12 @@ def test_interleaved_requests_say_what_each_would_alone(name: str) -> None:
     for t in range(4):
         for i, trace in enumerate(traces):
             map_LE = torch.from_numpy(trace.expert_map_LE(t, 4))
-            next_id = int(trace.topk_expert_ids_TLK[t + 1, 0, 0])
-            said[i].append(predictor.on_token(states[i], map_LE, next_token_id=next_id))
+            now, then = (int(token) for token in trace.topk_expert_ids_TLK[t : t + 2, 0, 0])
+            told = predictor.on_token(states[i], map_LE, token_id=now, next_token_id=then)
+            said[i].append(told)
     for i, trace in enumerate(traces):
-        assert all(
-            equal(a, b) for a, b in zip(said[i], predictor.walk(trace).forecasts, strict=True)
-        )
+        alone = Predictor.walk(predictor, trace).forecasts  # token by token, to the bit
+        assert all(equal(a, b) for a, b in zip(said[i], alone, strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)
