@@ -27,7 +27,6 @@ Shape letters: L MoE layers · E experts per layer.
 """
 
 import sys
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -187,7 +186,8 @@ class Bench:
         labels = [(policy, count) for policy in policies for count in slots]
         for (policy, count), result in zip(labels, results, strict=True):
             decode = result.decode_hit_ratio
-            self.measured[Row(table, self.trace, variant, policy, count)].append(
+            row = Row(table, self.trace, variant, policy, count)
+            self.measured.setdefault(row, []).append(
                 {
                     "hit_ratio": result.hit_ratio if decode is None else decode,
                     "gap_closed": result.gap_closed,
@@ -226,7 +226,7 @@ def measure_moepic(bench: Bench, traces: TraceList) -> None:
 def measure_finemoe(
     bench: Bench, traces: TraceList, predictors: Mapping[str, Predictor], in_pool_by: str
 ) -> None:
-    """Fig. 14b on the test requests of each split; in one pool with the predictor named last."""
+    """Fig. 14b on the test requests of each split; in one pool too, by the predictor so named."""
     num_experts = traces.spec.num_experts
     slots = [round(num_experts * share) for share in SHARES]
     topics = {trace.request_id: trace.topic for trace in traces.traces}
@@ -313,7 +313,7 @@ def main(argv: Sequence[str]) -> None:
     args = parse_cli(Args, argv)
     torch.set_num_threads(1)  # tensors this small: threads only wait for each other
     names = args.traces or ["gptoss20b", "esft_law", "esft_intent", "qwen", "gemma"]
-    measured: Measured = defaultdict(list)
+    measured: Measured = {}
     digests, localities = {}, {}
     for name in tqdm(names, unit="trace"):
         traces = load_traces(name)
