@@ -1,18 +1,20 @@
 """What the tables say follows from the replays, and the benchmark's own policies do as they say."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from benchmarks.frequency_policies import LfuOfEachRequest
 from benchmarks.paper_orderings import (
     Bench,
-    LfuOfEachRequest,
     Row,
     in_order,
     measure_moepic,
     named,
+    stays,
     summary,
     verdicts,
 )
@@ -70,6 +72,19 @@ def test_a_seed_orders_the_requests_and_another_orders_them_differently() -> Non
     traces = two_requests()
     orders = {tuple(t.request_id for t in in_order(traces, seed).traces) for seed in range(8)}
     assert orders == {("0", "1"), ("1", "0")}
+
+
+def test_stays_are_told_by_how_they_end() -> None:
+    """One layer, top-1, two slots: 1 and 2 are used once and evicted, and 1 comes back at once."""
+    request = [[[0]], [[0]], [[1]], [[2]], [[1]], [[3]]]
+    trace = replace(two_requests().traces[0], topk_expert_ids_TLK=np.array(request, np.uint8))
+    spec = replace(two_requests().spec, top_k=1, decoder_layers=(0,))
+    traces = TraceList(spec=spec, traces=[trace], split={}, digest="test")
+    found = stays(traces, 2, max_tokens=99)
+    # LFU of each stay: 0 has two visits and stays; 1, 2 and 1 again are evicted after one.
+    assert found["lfu of each stay"] == {"used_once": 1.0, "back_within_16": pytest.approx(1 / 3)}
+    # LRU evicts 0 after two uses, then 1's neighbour 2 for 3: 1 was still there.
+    assert found["lru"] == {"used_once": 0.5, "back_within_16": 0.0}
 
 
 def hit_ratios(*each: float) -> list[dict[str, float | None]]:
