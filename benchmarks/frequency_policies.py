@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from runtime.policies.base import Policy, Usage, UsageField
+from runtime.policies.forecast import ByForecast
 from runtime.replay import EventList
 
 
@@ -56,14 +57,27 @@ class LfuWithHalfLife(Policy):
         return usage.decayed_uses[self.half_lives[0]]
 
 
-class ProbabilityTimesCount(Policy):
+class ProbabilityTimesCount(ByForecast):
     """FineMoE's rule with our LFU's count: since the start, across evictions."""
 
     name = "p * count"
     uses: frozenset[UsageField] = frozenset({"use_count"})
-    foresight = "forecast"
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """``p * count``."""
-        assert forecast_LE is not None
-        return forecast_LE.clamp(min=2.0**-40) * usage.use_count_LE.float()
+        p_LE = super().keep_scores(usage, forecast_LE)
+        return p_LE.clamp(min=2.0**-40) * usage.use_count_LE.float()
+
+
+class ProbabilityTimesRecentUse(ByForecast):
+    """FineMoE's rule with a count in which every use is worth half after so many tokens."""
+
+    name = "p * recent use"
+
+    def __init__(self, half_life: int) -> None:
+        self.half_lives = (float(half_life),)
+
+    def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
+        """``p * decayed count``."""
+        p_LE = super().keep_scores(usage, forecast_LE)
+        return p_LE.clamp(min=2.0**-40) * usage.decayed_uses[self.half_lives[0]]
