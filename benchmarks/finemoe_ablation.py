@@ -315,7 +315,7 @@ def ablate(
                 "results": [
                     {"variant": name, "distance": d}
                     | numbers([run[name, d] for run in of_store], d)
-                    for d in DISTANCES
+                    for d in distances(traces.spec.num_layers)
                     for name in ("popularity", *ORDER)
                 ],
                 "Map(T+S) with sets as large as delta's": equal[store],

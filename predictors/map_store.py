@@ -231,8 +231,10 @@ class MapStore:
         # overwritten meanwhile gets its column anew, from the scores of the new among themselves.
         left_TLE = maps_TLE[num_appended:]
         left = Keys(*(part[num_appended:] for part in keys))
-        redundancy_TN = self._redundancy(left_TLE, left, self.maps_LNE, self.keys)
-        among_TT = self._redundancy(left_TLE, left, left_TLE.transpose(0, 1), left)
+        sqnorms_T = left_TLE.float().square().sum(dim=(1, 2))
+        among_TT = self._redundancy(left_TLE, left, left_TLE.transpose(0, 1), sqnorms_T, left)
+        stored_N = self.prefix_sqnorms_N(self.num_layers - 1)
+        redundancy_TN = self._redundancy(left_TLE, left, self.maps_LNE, stored_N, self.keys)
         for t in range(len(left_TLE)):
             record = int(redundancy_TN[t].argmax())
             self._write(record, left_TLE[t], left.prompts_TS[t], left.token_ids_T[t])
@@ -241,16 +243,18 @@ class MapStore:
         return records_T
 
     def _redundancy(
-        self, maps_TLE: Tensor, keys: Keys, others_LNE: Tensor, other_keys: Keys
+        self,
+        maps_TLE: Tensor,
+        keys: Keys,
+        others_LNE: Tensor,
+        other_sqnorms_N: Tensor,
+        other_keys: Keys,
     ) -> Tensor:
         dots_TN = torch.zeros(maps_TLE.shape[0], others_LNE.shape[1])
-        sqnorms_N = torch.zeros(others_LNE.shape[1])
         for layer, others_NE in enumerate(others_LNE):
-            rows_NE = others_NE.float()
-            dots_TN.addmm_(maps_TLE[:, layer].float(), rows_NE.T)
-            sqnorms_N += rows_NE.square().sum(dim=1)
-        sqnorms_T = maps_TLE.float().square().sum(dim=(1, 2))
-        cosines_TN = dots_TN / (sqnorms_T[:, None] * sqnorms_N).sqrt().clamp_min(1e-12)
+            dots_TN.addmm_(maps_TLE[:, layer].float(), others_NE.float().T)
+        sqnorms_T1 = maps_TLE.float().square().sum(dim=(1, 2))[:, None]
+        cosines_TN = dots_TN / (sqnorms_T1 * other_sqnorms_N).sqrt().clamp_min(1e-12)
         semantic_TN = self._semantic_scores(keys, other_keys)
         return self._semantic_share * semantic_TN + (1.0 - self._semantic_share) * cosines_TN
 
