@@ -15,17 +15,20 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from data.schema import MoESpec, Trace
-from predictors.base import Forecast, Request, State, Walked
+from data.schema import MoESpec, Trace, TraceSet
+from predictors.base import FitReport, Forecast, Request, State, Walked
 from predictors.embedders.base import Embedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
 from predictors.map_store import UNKNOWN_TOKEN, Keys, MapStore, Match, TokenSimilarity, same_token
 from predictors.prefetch_order import PrefetchPlan
+from predictors.routing import traces_of
 from predictors.trajectory import TIE_BREAK, Trajectory, TrajectoryState
 
 logger = logging.getLogger(__name__)
 
 TokenKey = Literal["id", "embedding"]
+
+_SAME_COSINE = 0.99  # of one text embedded twice by one embedder, batched differently
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,6 +119,16 @@ class FineMoE(Trajectory):
         self.token_weight = token_weight
         self._told_no_key = False
 
+    def fit(self, traces: TraceSet) -> FitReport:
+        """Store the tokens of the "fit" requests; calibrate on the "val" requests.
+
+        Raises:
+            ValueError: The model has fewer MoE layers than ``prefetch_distance``, a request's
+                probabilities are not finite, or its embedding is another embedder's.
+        """
+        self._check_embeddings(traces)
+        return super().fit(traces)
+
     def new_state(self) -> FineMoEState:
         """An empty past."""
         return FineMoEState(
@@ -193,6 +206,21 @@ class FineMoE(Trajectory):
         """The records with the most similar keys, and their maps, float32 [L, T, E]."""
         match = self.store.semantic_search(keys, self.neighbours)
         return match, self.store.rows_LTE(match, slice(None))
+
+    def _check_embeddings(self, traces: TraceSet) -> None:
+        """Embed one prompt again: embeddings that came along must be this embedder's."""
+        given = (
+            trace for trace in traces_of(traces, "fit") if trace.prompt_embedding_S is not None
+        )
+        trace = next(given, None)
+        if self.embedder is None or trace is None or trace.prompt is None:
+            return
+        known_S = self._embedded(trace.prompt, None)
+        if float(known_S @ self._embedded(None, trace.prompt_embedding_S)) < _SAME_COSINE:
+            raise ValueError(
+                f"request {trace.request_id!r} comes with an embedding that embedder "
+                f"{self.embedder.kind!r} {self.embedder.config()} did not make"
+            )
 
     def _embedded(self, prompt: str | None, embedding_S: npt.NDArray[np.float32] | None) -> Tensor:
         """float32 [S], zeros if unknown; an embedding that came along counts as the embedder's."""

@@ -86,7 +86,7 @@ class MapStore:
         num_layers: L.
         num_experts: E.
         dim: S; 0 if no prompt is ever embedded.
-        prefetch_distance: d of Eq. for RDY (§4.4): the semantic score weighs d/L in it.
+        prefetch_distance: d, at most L: the semantic score weighs d/L in the redundancy.
         token_weight: In [0, 1].
         token_similarity: Of two input tokens.
     """

@@ -178,6 +178,7 @@ class AsyncSearcher(Predictor):
 
     def drain(self, timeout_s: float | None = None) -> bool:
         """Wait until everything published so far was dealt with; False if time ran out."""
+        self._check_open()
         reached = threading.Event()
         self._messages.put(reached)
         return reached.wait(timeout_s)
@@ -235,11 +236,14 @@ class AsyncSearcher(Predictor):
             f"a searcher only runs a predictor: {verb} {self._predictor.kind!r} itself"
         )
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the searcher is closed: it cannot be asked any more")
+
     def _publish(
         self, state: SearcherState, layer: int, search: Callable[[], Forecast | Tensor | None]
     ) -> None:
-        if self._closed:
-            raise ValueError("the searcher is closed: it cannot be asked any more")
+        self._check_open()
         self.stats.num_published += 1
         if self._messages.qsize() >= self._max_backlog:
             self.stats.num_shed += 1

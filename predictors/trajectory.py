@@ -56,9 +56,9 @@ class Trajectory(Predictor):
 
     - A record is one token of a fitted request, prefill tokens too. (The paper speaks of an
       iteration without saying how a prompt of many tokens becomes one map; its code stores each.)
-    - A trace that recorded only the K used experts gives sparse maps, renormalised
-      (`Trace.expert_map_LE`). Then the K experts hold all the mass, and the delta threshold of
-      Eq. 6-8 never asks for more than K of a single record.
+    - A trace that recorded only the K used experts gives sparse maps, renormalised; without their
+      probabilities, 1/K each (`Trace.expert_map_LE`). Then the K experts hold all the mass, and the
+      delta threshold of Eq. 6-8 never asks for more than K of a single record.
     - ``neighbours`` > 1 averages the M nearest maps and their cosines, weighed by a softmax over
       those cosines; the paper takes one.
     - Experts that the found map does not tell apart (zeros of a sparse map) are ranked by the
@@ -125,7 +125,8 @@ class Trajectory(Predictor):
         """Store the tokens of the "fit" requests; calibrate on the "val" requests.
 
         Raises:
-            ValueError: The model has fewer MoE layers than ``prefetch_distance``.
+            ValueError: The model has fewer MoE layers than ``prefetch_distance``, or a request's
+                probabilities are not finite.
         """
         start_s = time.perf_counter()
         self._store = self._new_store(traces.spec)
@@ -136,11 +137,12 @@ class Trajectory(Predictor):
             num_requests += 1
             num_tokens += trace.num_tokens
             if trace.num_tokens:
-                self._store.add(_maps_TLE(trace, traces.spec.num_experts), self._keys_of(trace))
+                maps_TLE = _maps_TLE(trace, traces.spec.num_experts)
+                self._store.add(maps_TLE, self._keys_of(trace))
         details: dict[str, Any] = {"num_stored": len(self._store)}
         if not num_tokens:
             log = logger.info if self.online else logger.warning
-            log("no request has split 'fit': the store of %r is empty", self.kind)
+            log("no routed token has split 'fit': the store of %r is empty", self.kind)
         else:
             self._adding = False  # calibrating must not store the "val" requests
             self._calibration, calibrated = fit_calibration(self, traces)
@@ -276,4 +278,7 @@ class Trajectory(Predictor):
 def _maps_TLE(trace: Trace, num_experts: int) -> Tensor:
     """float32 [T, L, E], the expert map of every routed token of a trace."""
     maps = [trace.expert_map_LE(t, num_experts) for t in range(trace.num_tokens)]
-    return torch.from_numpy(np.stack(maps))
+    maps_TLE = torch.from_numpy(np.stack(maps))
+    if not maps_TLE.isfinite().all():
+        raise ValueError(f"request {trace.request_id!r}: its probabilities hold NaN or infinity")
+    return maps_TLE

@@ -233,6 +233,21 @@ def test_token_ids_of_another_tokenizer_are_refused_where_their_embedding_is_rea
         predictor.fit(make_traces({"fit": [foreign, replace(foreign, request_id="b")]}))
 
 
+def test_embeddings_that_came_along_are_used_if_they_are_ours() -> None:
+    """As collected by a store that embedded its prompts; a trace without text shows the use."""
+    traces = random_traces()
+    ours_S = WordEmbedder().embed(["cats"])[0]
+    given = [replace(trace, prompt_embedding_S=ours_S) for trace in traces.traces]
+    textless = [replace(trace, prompt=None) for trace in given]
+    learned = fitted(traces).tensors()
+    for with_embeddings in (given, textless):
+        again = fitted(replace(traces, traces=with_embeddings)).tensors()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in learned.items())
+    theirs = [replace(trace, prompt_embedding_S=-ours_S) for trace in traces.traces]
+    with pytest.raises(ValueError, match="'r0'.*'words'"):
+        fitted(replace(traces, traces=theirs))
+
+
 def test_an_embedding_of_another_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(7,\).*'words' makes \(3,\)"):
         fitted().on_request(

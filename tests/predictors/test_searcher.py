@@ -221,6 +221,8 @@ def test_close_drops_what_waits_and_leaves_no_thread(gated: Gated) -> None:
     assert not [thread for thread in threading.enumerate() if "searcher" in thread.name]
     with pytest.raises(ValueError, match="closed"):
         searcher.on_request(state, Request())
+    with pytest.raises(ValueError, match="closed"):
+        searcher.drain()  # the thread is gone, so it would wait for ever
 
 
 def test_it_says_what_the_predictor_says_if_it_keeps_up() -> None:

@@ -1,7 +1,9 @@
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -155,6 +157,28 @@ def test_an_empty_store_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     assert "empty" in caplog.text
     assert set(predictor.walk(traces[0]).forecasts) == {None}
     assert said_by_layer(predictor, maps_of(traces[0])) == [None] * SPEC.num_layers
+
+
+def test_a_request_whose_probabilities_are_not_finite_is_named() -> None:
+    bad = make_trace("bad", [0, 1])
+    assert bad.router_probs_TLE is not None
+    bad.router_probs_TLE[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="'bad'.*NaN"):
+        fitted(make_traces({"fit": [make_trace("good", [0]), bad]}))
+
+
+def test_traces_that_recorded_the_used_experts_alone_give_sparse_maps() -> None:
+    """With and without their probabilities; one request is enough to fit on."""
+    whole = make_trace("a", [0, 1, 2])
+    ids_TLK = whole.topk_expert_ids_TLK.astype(int)
+    probs_TLK = np.take_along_axis(whole.router_probs_TLE, ids_TLK, axis=-1)
+    for probs in (probs_TLK, None):
+        sparse = replace(whole, router_probs_TLE=None, topk_probs_TLK=probs)
+        predictor = fitted(make_traces({"fit": [sparse]}), neighbours=1)
+        said = said_by_layer(predictor, maps_of(sparse))[0]
+        assert said is not None
+        found_TK = said[:, 0].topk(SPEC.top_k).indices.sort().values
+        assert found_TK.tolist() == np.sort(ids_TLK[:, 1]).tolist()
 
 
 def test_prefetching_further_than_the_model_is_deep_is_refused() -> None:
