@@ -213,12 +213,16 @@ def numbers(tallies: Sequence[Tally], distance: int) -> dict[str, Any]:
         sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
         return {"mean": float(np.mean(values)), "sd": sd, "each": list(values)}
 
-    return {
+    over_layers = {
         "found": spread([float(np.mean(t.found_L)) for t in tallies]),
         "found_from_layer_d": spread([float(np.mean(t.found_L[distance:])) for t in tallies]),
         "set_size": spread([float(np.mean(t.size_L)) for t in tallies]),
-        "found_by_layer": np.mean([t.found_L for t in tallies], axis=0).tolist(),
-        "set_size_by_layer": np.mean([t.size_L for t in tallies], axis=0).tolist(),
+    }
+    if distance != DISTANCE:
+        return over_layers
+    return over_layers | {
+        "found_by_layer": np.mean([t.found_L for t in tallies], axis=0).round(4).tolist(),
+        "set_size_by_layer": np.mean([t.size_L for t in tallies], axis=0).round(4).tolist(),
     }
 
 
