@@ -9,15 +9,27 @@ from predictors.base import Predictor
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
+from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.trajectory import Trajectory
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, Forecaster)
+    cls.kind: cls
+    for cls in (
+        FineMoE,
+        Forecaster,
+        Oracle,
+        Popularity,
+        PreviousToken,
+        Semantic,
+        Silent,
+        Trajectory,
+    )
 }
 EMBEDDERS: dict[str, type[Embedder]] = {
     cls.kind: cls for cls in (SentenceEmbedder, TokenMeanEmbedder)

@@ -17,6 +17,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from data.errors import ModelNotFoundError
 from data.files import sha256_file
@@ -68,6 +69,21 @@ class TokenMeanEmbedder(Embedder):
                 rows_TS = self._rows_VS[torch.tensor(encoding.ids)]
                 means_NS[n] = rows_TS.float().mean(dim=0).numpy()
         return normalized_NS(means_NS)
+
+    def embed_ids(self, token_ids_T: Tensor) -> Tensor:
+        """float32 [T, S], the matrix's own rows of int64 ids, each of length 1.
+
+        Raises:
+            ValueError: An id is not one of this model's.
+        """
+        if len(token_ids_T) and not 0 <= int(token_ids_T.min()) <= int(token_ids_T.max()) < len(
+            self._rows_VS
+        ):
+            raise ValueError(
+                f"token ids {int(token_ids_T.min())}..{int(token_ids_T.max())}: {self.model!r} has "
+                f"0..{len(self._rows_VS) - 1}, so they were recorded with another tokenizer"
+            )
+        return normalize(self._rows_VS[token_ids_T].float(), dim=1)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -12,11 +12,13 @@ from data.schema import TraceSet
 from predictors import registry
 from predictors.artifact import artifact_digest, load_artifact, read_manifest, save_artifact
 from predictors.base import Predictor
+from predictors.finemoe import FineMoE
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.trajectory import Trajectory
 from tests.predictors.fakes import SPEC, WordEmbedder, make_traces, random_traces
 
 MAKERS: dict[str, Callable[[], Predictor]] = {
@@ -27,6 +29,9 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
     "semantic of requests": lambda: Semantic(
         embedder=WordEmbedder(), granularity="request", adapt_tokens=None
     ),
+    "trajectory": lambda: Trajectory(prefetch_distance=2, capacity=30),
+    "finemoe": lambda: FineMoE(embedder=WordEmbedder(), prefetch_distance=2, neighbours=3),
+    "finemoe without prompts": lambda: FineMoE(prefetch_distance=1),
 }
 
 

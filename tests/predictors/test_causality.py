@@ -9,11 +9,13 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.trajectory import Trajectory
 from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 
 QUIET = {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
@@ -29,6 +31,8 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
         centre=False,
         adapt_tokens=None,
     ),
+    "trajectory": lambda: Trajectory(prefetch_distance=1),
+    "finemoe": lambda: FineMoE(embedder=WordEmbedder(), prefetch_distance=1, capacity=50),
 }
 
 

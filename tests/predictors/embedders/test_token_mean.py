@@ -88,3 +88,11 @@ def test_an_unreachable_model_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFoundError, match="no-such/model"):
         TokenMeanEmbedder(model="no-such/model")
+
+
+def test_single_tokens_are_rows_of_the_matrix_and_foreign_ids_are_refused(tmp_path: Path) -> None:
+    embedder = TokenMeanEmbedder(model=write_model(tmp_path / "m"))
+    rows_TS = embedder.embed_ids(torch.tensor([3, 0]))
+    assert torch.allclose(rows_TS, torch.tensor([[-1.0, 0.0], [0.5**0.5, 0.5**0.5]]), atol=1e-3)
+    with pytest.raises(ValueError, match=r"4\.\.4: .* has 0\.\.3"):
+        embedder.embed_ids(torch.tensor([4]))
