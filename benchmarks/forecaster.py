@@ -12,11 +12,13 @@ the weights and the order:
   next token's id is known as it is in serving; once without any, from routing alone.
 - **DeepSeek-V2-Lite** (esft), fitted on one of its two domains and tested on the other, at 16, 26
   and 32 of 64 slots.
-- **The fit's time** on all 98,777 recorded tokens of gpt-oss-20b.
+- **Cost**: the fit's time on all 98,777 recorded tokens of gpt-oss-20b, and on a GPU the networks'
+  time for one token, captured in a CUDA graph.
 
 Ends with one JSON line; ``out=benchmarks/results/forecaster.json`` keeps it.
 """
 
+import copy
 import dataclasses
 import logging
 import statistics
@@ -29,13 +31,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.record import record
+from benchmarks.record import record, spread
 from data.cli import parse_cli
 from data.importers import load_traces
 from data.schema import Split, TraceList
 from data.splits import split_by_topic
 from predictors.fit.report import format_table
 from predictors.forecaster import Forecaster
+from predictors.history import NUM_ROWS, NUM_TOKENS_READ
 from predictors.metrics import evaluate_recall
 from predictors.routing import traces_of
 from runtime.budget import slots_at
@@ -94,6 +97,34 @@ def measure(traces: TraceList, predictor: Forecaster, max_tokens: int | None) ->
     }
 
 
+def graph_us_per_token(predictor: Forecaster, *, repeats: int = 7) -> dict[str, float]:
+    """Microseconds of one token's networks on the GPU, in one graph; spread over ``repeats``."""
+    spec = predictor.fitted_spec()
+    rows_BRLE = torch.rand(1, NUM_ROWS, spec.num_layers, spec.num_experts, device="cuda")
+    tokens_B3 = torch.zeros(1, NUM_TOKENS_READ, dtype=torch.int64, device="cuda")
+    nets = [copy.deepcopy(net).cuda() for net in predictor.nets]
+
+    def run() -> None:
+        for net in nets:
+            net.after(net.before(rows_BRLE, tokens_B3), rows_BRLE)
+
+    with torch.inference_mode():
+        run()  # compiles kernels and makes handles before the capture
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        times_us = []
+        for _ in range(repeats):
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(200):
+                graph.replay()
+            stop.record()
+            torch.cuda.synchronize()
+            times_us.append(start.elapsed_time(stop) / 200 * 1000)
+    return spread(times_us)
+
+
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of the numbers that are published."""
 
@@ -147,9 +178,13 @@ def main(argv: Sequence[str]) -> None:
     if args.time_all:
         everything: dict[str, Split] = dict.fromkeys(topics_of(gptoss), "fit")
         start_s = time.perf_counter()
-        forecaster(0).fit(dataclasses.replace(gptoss, split=everything))
+        fitted = forecaster(0)
+        fitted.fit(dataclasses.replace(gptoss, split=everything))
         outcome["fit_all_s"] = time.perf_counter() - start_s
         outcome["num_all_tokens"] = sum(trace.num_tokens for trace in gptoss.traces)
+        if torch.cuda.is_available():
+            outcome["graph_us_per_token"] = graph_us_per_token(fitted)
+            print(f"one token on the GPU: {outcome['graph_us_per_token']['median']:.0f} us")
         print(f"fit on all {outcome['num_all_tokens']:,} tokens: {outcome['fit_all_s']:.0f} s")
     print(_table(outcome))
     record("forecaster", outcome, out=args.out)

@@ -75,6 +75,9 @@ class Forecaster(Predictor):
             left out, evenly spaced.
         seed: Of initialisation, order and dropout.
         trainer: Where to train (`fit.training`); not part of what is learned.
+
+    Attributes:
+        nets: The networks, float32 on the CPU; none before `fit` or `load_state`.
     """
 
     kind: ClassVar[str] = "forecaster"
@@ -129,7 +132,7 @@ class Forecaster(Predictor):
         self.max_fit_tokens = max_fit_tokens
         self.seed = seed
         self._trainer = trainer
-        self._nets: list[ForecasterNet] = []
+        self.nets: list[ForecasterNet] = []
         self._popularity_LE = torch.zeros(0, 0)
         self._token_rows: dict[int, int] = {}
         self._calibration = Calibration.identity()
@@ -149,7 +152,7 @@ class Forecaster(Predictor):
         fitted = self._within_memory(traces)
         self._token_rows = self._vocabulary(fitted)
         examples = examples_of(fitted, self._popularity_LE, traces.spec.top_k, self._token_rows)
-        self._nets = [
+        self.nets = [
             fit_net(
                 examples,
                 net=self._net_sizes(),
@@ -163,13 +166,13 @@ class Forecaster(Predictor):
             )
             for member in range(self.members)
         ]
-        for net in self._nets:  # an artifact holds halves: what is judged is what is served
+        for net in self.nets:  # an artifact holds halves: what is judged is what is served
             for parameter in net.parameters():
                 parameter.requires_grad_(False).copy_(parameter.half())
         self._calibration = Calibration.identity()
         self._calibration, details = fit_calibration(self, traces)
         details |= {
-            "num_parameters": sum(p.numel() for net in self._nets for p in net.parameters()),
+            "num_parameters": sum(p.numel() for net in self.nets for p in net.parameters()),
             "num_known_tokens": len(self._token_rows),
             "num_fitted_tokens": len(examples.examples_M),
         }
@@ -211,7 +214,7 @@ class Forecaster(Predictor):
         assert state.history is not None, "on_request comes before on_routed"
         rows_RE = state.history.after_RE(layer, router_probs_E)
         later = []
-        for member, net in enumerate(self._nets):
+        for member, net in enumerate(self.nets):
             later_GE, state.said[member] = net.after_layer(state.said[member], layer, rows_RE)
             later.append(later_GE.sigmoid())
         return self._discounted(torch.stack(later).mean(0))
@@ -223,17 +226,18 @@ class Forecaster(Predictor):
         past_NRLE, copies_TRLE, _ = histories_of(trace, self._popularity_LE, spec.top_k)
         tokens_T3 = tokens_read_N3(trace, self._token_rows)[:-1].long()
         forecasts: list[Forecast | None] = []
-        later = []
+        shape_LE = self._popularity_LE.shape
+        later = [torch.zeros(0, *shape_LE)]
         for start in range(0, trace.num_tokens, _WALK_TOKENS):
             part = torch.arange(start, min(start + _WALK_TOKENS, trace.num_tokens))
             before, after = (
                 torch.cat([past_NRLE[rows], copies_TRLE[part]], dim=1) for rows in (part, part + 1)
             )
-            said = [net.before(before, tokens_T3[part]) for net in self._nets]
+            said = [net.before(before, tokens_T3[part]) for net in self.nets]
             next_TLE, ahead_TLE = self._mean(said)
             forecasts += map(Forecast, next_TLE, torch.maximum(next_TLE, ahead_TLE))
             each = [
-                net.after(one, after).sigmoid() for net, one in zip(self._nets, said, strict=True)
+                net.after(one, after).sigmoid() for net, one in zip(self.nets, said, strict=True)
             ]
             later.append(self._discounted(torch.stack(each).mean(0)))
         return Walked(forecasts, torch.cat(later))
@@ -248,7 +252,7 @@ class Forecaster(Predictor):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The networks, float16; the known tokens' ids; popularity and calibration, float32."""
-        if not self._nets:
+        if not self.nets:
             return {}
         return {
             "token_ids_V": torch.tensor(list(self._token_rows), dtype=torch.int64),
@@ -256,7 +260,7 @@ class Forecaster(Predictor):
             **self._calibration.tensors(),
             **{
                 f"nets.{member}.{name}": tensor.half()
-                for member, net in enumerate(self._nets)
+                for member, net in enumerate(self.nets)
                 for name, tensor in net.state_dict().items()
             },
         }
@@ -268,13 +272,13 @@ class Forecaster(Predictor):
         self._calibration = Calibration.from_tensors(tensors)
         ids_V: list[int] = tensors["token_ids_V"].tolist()
         self._token_rows = {token: row for row, token in enumerate(ids_V)}
-        self._nets = []
+        self.nets = []
         for member in range(self.members):
             net = ForecasterNet(**self._net_sizes()).eval()
             net.load_state_dict(
                 {name: tensors[f"nets.{member}.{name}"].float() for name in net.state_dict()}
             )
-            self._nets.append(net.requires_grad_(False))
+            self.nets.append(net.requires_grad_(False))
 
     def _net_sizes(self) -> dict[str, Any]:
         spec = self.fitted_spec()
@@ -321,7 +325,7 @@ class Forecaster(Predictor):
     def _say(self, state: ForecasterState) -> Forecast:
         assert state.history is not None
         rows_1RLE, tokens_13 = state.history.rows_RLE[None], torch.tensor([state.tokens])
-        state.said = [net.before(rows_1RLE, tokens_13) for net in self._nets]
+        state.said = [net.before(rows_1RLE, tokens_13) for net in self.nets]
         next_1LE, ahead_1LE = self._mean(state.said)
         state.forecast = Forecast(next_1LE[0], torch.maximum(next_1LE, ahead_1LE)[0])
         return state.forecast
