@@ -115,7 +115,7 @@ def graph_us_per_token(predictor: Forecaster, *, repeats: int = 7) -> dict[str, 
             run()
         times_us = []
         for _ in range(repeats):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             for _ in range(200):
                 graph.replay()
