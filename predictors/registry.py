@@ -6,9 +6,11 @@ An artifact is a file from a stranger, so it may name an entry here and nothing 
 from typing import TypeVar
 
 from predictors.base import Predictor
+from predictors.eamc import Eamc
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
+from predictors.markov import Markov
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -16,7 +18,7 @@ from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic)
+    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, Eamc, Markov)
 }
 EMBEDDERS: dict[str, type[Embedder]] = {
     cls.kind: cls for cls in (SentenceEmbedder, TokenMeanEmbedder)

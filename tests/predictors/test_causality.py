@@ -9,6 +9,8 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.eamc import Eamc
+from predictors.markov import Markov
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
@@ -18,6 +20,8 @@ from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": Popularity,
     "previous_token": PreviousToken,
+    "eamc": Eamc,
+    "markov": Markov,
     "semantic": lambda: Semantic(embedder=WordEmbedder()),
     "semantic as in the paper": lambda: Semantic(
         embedder=WordEmbedder(),
