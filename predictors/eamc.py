@@ -53,9 +53,9 @@ class Eamc(Predictor):
     - Which matrices are kept once there are more than ``capacity``: it describes clustering for a
       collection that is built offline, and a newcomer that replaces the most similar entry for one
       that grows while serving. Here the second, over the fitted requests in their order: it needs
-      one pass, and with 64 of 249 gpt-oss-20b requests kept, slot recall@4 (one seed) was 0.392
-      against 0.378 with k-means, 0.385 where the most similar pair loses one, and 0.375 with evenly spaced
-      requests (all of them: 0.400).
+      one pass, and with 64 of the 242 fitted gpt-oss-20b requests kept, slot recall@4 (one seed)
+      was 0.392 against 0.378 with k-means, 0.385 where the most similar pair loses one, and 0.375
+      with evenly spaced requests (all of them: 0.400).
     - Rows are matched and stored over decode tokens (`routing.decode_rows`), as this project
       forecasts those; it counts the prompt's tokens too.
     - It matches again at every layer of a token, with what that token has routed so far. Here once
