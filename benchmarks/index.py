@@ -4,8 +4,8 @@
     python -m benchmarks.index sizes=[10000] embed_s=10         # a look
     python -m benchmarks.index embeddings=real.npy              # embed once, use again
 
-What is real: texts cut from the corpora and prompt sets in the folder MOECAST_DATA, embedded by the
-bundled sentence encoder (S = 384) for at most ``embed_s`` seconds; a tenth of them, at most 1000,
+What is real: texts cut from the 15 corpora in the folder MOECAST_DATA, embedded by the bundled
+sentence encoder (S = 384) for at most ``embed_s`` seconds; a tenth of them, at most 1000,
 are never stored and are the queries. What is synthesised: all further records. Each starts from a
 stored real one ``a``, and goes to ``c a + sqrt(1 - c^2) u``: its cosine ``c`` with ``a`` is drawn
 from what was measured between real texts and their nearest real neighbours, and the direction ``u``
@@ -44,7 +44,8 @@ from predictors.index import VectorIndex
 Vectors = npt.NDArray[np.float32]
 
 WINDOW_CHARS = 120
-WINDOWS_PER_FILE = 4000
+WINDOWS_PER_FILE = 3000
+DOCUMENT_CHARS = 20_000
 QUERIES = 1000
 NEIGHBOURS = 32
 CHANGING_S = 5.0
@@ -65,18 +66,18 @@ class Args:
 
 
 def windows(rng: np.random.Generator) -> list[str]:
-    """Texts of about one length from every corpus and prompt set, in random order."""
+    """Texts of about one length from every corpus, in random order."""
     texts: list[str] = []
-    for path in sorted([*data_dir().glob("corpora/*.zst"), *data_dir().glob("prompts/*/*.gz")]):
+    for path in sorted(data_dir().glob("corpora/*.zst")):
         found: list[str] = []
         for text in documents(path):
             # Of a long document, only the beginning: a few books must not be the whole file.
             found += [
                 text[start : start + WINDOW_CHARS]
-                for start in range(0, min(len(text), 100 * WINDOW_CHARS), WINDOW_CHARS)
+                for start in range(0, min(len(text), DOCUMENT_CHARS), WINDOW_CHARS)
                 if len(text) - start >= WINDOW_CHARS // 2
             ]
-            if len(found) >= 4 * WINDOWS_PER_FILE:
+            if len(found) > 7 * WINDOWS_PER_FILE:
                 break
         texts += [found[i] for i in rng.permutation(len(found))[:WINDOWS_PER_FILE]]
     return [texts[i] for i in rng.permutation(len(texts))]
@@ -84,11 +85,9 @@ def windows(rng: np.random.Generator) -> list[str]:
 
 def documents(path: Path) -> Iterator[str]:
     """The texts of a compressed file of JSON lines."""
-    compression = "zstd" if path.suffix == ".zst" else "gzip"
-    with pa.input_stream(str(path), compression=compression) as stream:
+    with pa.input_stream(str(path), compression="zstd") as stream:
         for line in io.TextIOWrapper(stream, encoding="utf-8"):
-            row = json.loads(line)
-            yield row["text"] if "text" in row else "\n".join(row["turns"])
+            yield json.loads(line)["text"]
 
 
 def embedded(args: Args) -> Vectors:
