@@ -203,9 +203,9 @@ class VectorIndex:
 def _kind_of(loaded: Any, path: Path) -> Kind:
     """Wrap what FAISS read, if it is one of ours and its parts fit together."""
     inner = faiss.downcast_index(loaded.index) if isinstance(loaded, faiss.IndexIDMap) else loaded
-    kinds = (faiss.IndexFlatIP, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWFlat)
+    kinds = (faiss.IndexFlatIP, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ)
     of_ours = isinstance(inner, kinds) and inner.metric_type == faiss.METRIC_INNER_PRODUCT
-    if not of_ours or loaded.d < 1 or (inner is loaded) == isinstance(inner, faiss.IndexHNSWFlat):
+    if not of_ours or loaded.d < 1 or (inner is loaded) == isinstance(inner, faiss.IndexHNSWSQ):
         raise DamagedFileError(
             path, f"holds a {type(inner).__name__}, not an index of this project"
         )

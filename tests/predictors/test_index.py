@@ -227,7 +227,7 @@ def test_search_is_exact_up_to_the_limit_and_the_choice_is_logged_beyond(
     assert index.choice is not None
     assert index.kind == index.choice.candidate.kind
     assert "candidate ivf over" in caplog.text
-    assert "candidate hnsw with 16 links over" in caplog.text
+    assert "candidate hnsw with 32 links over" in caplog.text
     assert f"built {index.choice}" in caplog.text
 
 
@@ -307,7 +307,7 @@ def test_vectors_that_are_not_finite_are_refused(value: float) -> None:
 
 def test_a_graph_whose_links_lead_nowhere_is_refused(tmp_path: Path) -> None:
     """FAISS would read beyond its memory."""
-    graph = faiss.IndexHNSWFlat(DIM, 4, faiss.METRIC_INNER_PRODUCT)
+    graph = faiss.IndexHNSWSQ(DIM, faiss.ScalarQuantizer.QT_fp16, 4, faiss.METRIC_INNER_PRODUCT)
     index = faiss.IndexIDMap(graph)
     index.add_with_ids(clustered(50), np.arange(50))
     neighbours = faiss.vector_to_array(graph.hnsw.neighbors)
@@ -319,7 +319,9 @@ def test_a_graph_whose_links_lead_nowhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_not_0_to_n_are_refused(tmp_path: Path) -> None:
-    index = faiss.IndexIDMap(faiss.IndexHNSWFlat(DIM, 4, faiss.METRIC_INNER_PRODUCT))
+    index = faiss.IndexIDMap(
+        faiss.IndexHNSWSQ(DIM, faiss.ScalarQuantizer.QT_fp16, 4, faiss.METRIC_INNER_PRODUCT)
+    )
     index.add_with_ids(clustered(50), np.arange(1, 51))
     faiss.write_index(index, str(tmp_path / "index.faiss"))
     with pytest.raises(DamagedFileError, match="not numbered 0, 1"):

@@ -50,22 +50,6 @@ def test_the_fastest_of_those_that_find_enough_is_chosen() -> None:
         assert min(found.recall for found in measured) >= 0.9
 
 
-def test_of_two_that_are_about_as_fast_the_one_built_sooner_is_chosen() -> None:
-    """The first takes 1.0 s a query and 9 s to build, the second 1.1 s and 1.1 s."""
-    of_second = clock_for([1.1])
-    of_first = clock_for([1.0])
-    builds = iter([0.0, 9.0])
-    ticks = itertools.chain(
-        builds, itertools.islice(iter(of_first, None), 2, 402), iter(of_second, None)
-    )
-    best, measured = choose(
-        stored(), min_recall=0.9, seed=0, candidates=[IVF, HNSW], clock=ticks.__next__
-    )
-    assert [found.build_s for found in measured] == pytest.approx([9.0, 1.1])
-    assert [found.query_s for found in measured] == pytest.approx([1.0, 1.1])
-    assert best.candidate == HNSW
-
-
 def test_a_fast_candidate_that_finds_too_little_is_not_chosen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
