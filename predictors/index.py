@@ -202,7 +202,9 @@ class VectorIndex:
 
 def _kind_of(loaded: Any, path: Path) -> Kind:
     """Wrap what FAISS read, if it is one of ours and its parts fit together."""
-    inner = faiss.downcast_index(loaded.index) if isinstance(loaded, faiss.IndexIDMap) else loaded
+    inner: Any = loaded
+    if isinstance(loaded, faiss.IndexIDMap):
+        inner = faiss.downcast_index(loaded.index)
     kinds = (faiss.IndexFlatIP, faiss.IndexIVFScalarQuantizer, faiss.IndexHNSWSQ)
     of_ours = isinstance(inner, kinds) and inner.metric_type == faiss.METRIC_INNER_PRODUCT
     if not of_ours or loaded.d < 1 or (inner is loaded) == isinstance(inner, faiss.IndexHNSWSQ):
@@ -216,12 +218,15 @@ def _kind_of(loaded: Any, path: Path) -> Kind:
         ivf = kind = Ivf(loaded.d, loaded)
         numbers_N = ivf.numbers()
     else:
+        # FAISS follows numbers and links without looking.
+        counts = {loaded.ntotal, loaded.id_map.size(), inner.ntotal, inner.storage.ntotal}
+        if len(counts) > 1 or faiss.vector_to_array(loaded.id_map).max(initial=-1) >= loaded.ntotal:
+            raise DamagedFileError(path, "its graph and its vectors do not belong together")
         hnsw = kind = Hnsw(loaded.d, loaded)
         numbers_N = hnsw.numbers()
         links = hnsw.links()
-        # FAISS follows links without looking.
         if links.min(initial=-1) < -1 or links.max(initial=-1) >= loaded.ntotal:
             raise DamagedFileError(path, "its graph has a link to a node that is not there")
-    if not np.array_equal(np.sort(numbers_N), np.arange(len(numbers_N))):
+    if not np.array_equal(np.sort(numbers_N), np.arange(len(kind))):
         raise DamagedFileError(path, "its vectors are not numbered 0, 1, ...")
     return kind

@@ -226,7 +226,7 @@ class Hnsw(Kind):
     ) -> None:
         self._graph: Any
         if searcher is None:
-            float16 = faiss.ScalarQuantizer.QT_fp16
+            float16: Any = faiss.ScalarQuantizer.QT_fp16
             self._graph = faiss.IndexHNSWSQ(dim, float16, num_links, _IP)
             searcher = faiss.IndexIDMap(self._graph)
         else:

@@ -318,13 +318,18 @@ def test_a_graph_whose_links_lead_nowhere_is_refused(tmp_path: Path) -> None:
         VectorIndex.load(tmp_path / "index.faiss")
 
 
-def test_numbers_that_are_not_0_to_n_are_refused(tmp_path: Path) -> None:
-    index = faiss.IndexIDMap(
-        faiss.IndexHNSWSQ(DIM, faiss.ScalarQuantizer.QT_fp16, 4, faiss.METRIC_INNER_PRODUCT)
-    )
-    index.add_with_ids(clustered(50), np.arange(1, 51))
+@pytest.mark.parametrize(
+    ("number", "message"), [(2**60, "do not belong together"), (7, "not numbered 0, 1")]
+)
+def test_numbers_that_are_not_0_to_n_are_refused(tmp_path: Path, number: int, message: str) -> None:
+    """One of them is far beyond the vectors, or comes twice."""
+    float16 = faiss.ScalarQuantizer.QT_fp16
+    index = faiss.IndexIDMap(faiss.IndexHNSWSQ(DIM, float16, 4, faiss.METRIC_INNER_PRODUCT))
+    numbers_N = np.arange(50)
+    numbers_N[3] = number
+    index.add_with_ids(clustered(50), numbers_N)
     faiss.write_index(index, str(tmp_path / "index.faiss"))
-    with pytest.raises(DamagedFileError, match="not numbered 0, 1"):
+    with pytest.raises(DamagedFileError, match=message):
         VectorIndex.load(tmp_path / "index.faiss")
 
 

@@ -55,9 +55,9 @@ def test_a_fast_candidate_that_finds_too_little_is_not_chosen(
 ) -> None:
     monkeypatch.setattr(Ivf, "settings", (1,))
     best, measured = choose(
-        stored(), min_recall=0.97, seed=0, candidates=[IVF, HNSW], clock=clock_for([1.0, 9.0])
+        stored(), min_recall=0.93, seed=0, candidates=[IVF, HNSW], clock=clock_for([1.0, 9.0])
     )
-    assert measured[0].recall < 0.97 <= measured[1].recall
+    assert measured[0].recall < 0.93 <= measured[1].recall
     assert best is measured[1]
 
 
