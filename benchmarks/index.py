@@ -1,6 +1,6 @@
 """How fast and how well stores of up to a million records are searched, also while they change.
 
-    python -m benchmarks.index                                  # seven minutes on two idle cores
+    python -m benchmarks.index                                  # a quarter of an hour, busy cores
     python -m benchmarks.index sizes=[10000] embed_s=10         # a look
     python -m benchmarks.index embeddings=real.npy              # embed once, use again
 
