@@ -6,11 +6,13 @@ An artifact is a file from a stranger, so it may name an entry here and nothing 
 from typing import TypeVar
 
 from predictors.base import Predictor
+from predictors.eamc import Eamc
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
 from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
+from predictors.markov import Markov
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -21,8 +23,10 @@ from predictors.trajectory import Trajectory
 PREDICTORS: dict[str, type[Predictor]] = {
     cls.kind: cls
     for cls in (
+        Eamc,
         FineMoE,
         Forecaster,
+        Markov,
         Oracle,
         Popularity,
         PreviousToken,

@@ -12,7 +12,9 @@ from data.schema import TraceSet
 from predictors import registry
 from predictors.artifact import artifact_digest, load_artifact, read_manifest, save_artifact
 from predictors.base import Predictor
+from predictors.eamc import Eamc
 from predictors.finemoe import FineMoE
+from predictors.markov import Markov
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -24,6 +26,8 @@ from tests.predictors.fakes import SPEC, WordEmbedder, make_traces, random_trace
 MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": lambda: Popularity(gamma=0.9),
     "previous_token": PreviousToken,
+    "eamc": lambda: Eamc(neighbours=3),
+    "markov": lambda: Markov(num_layers_ahead=1),
     "none": Silent,
     "semantic": lambda: Semantic(embedder=WordEmbedder(), neighbours=3),
     "semantic of requests": lambda: Semantic(
@@ -235,7 +239,7 @@ def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
 def test_an_unknown_kind_lists_what_exists_and_imports_nothing(tmp_path: Path, kind: str) -> None:
     path = export(tmp_path / "a")
     edit_manifest(path, kind=kind)
-    with pytest.raises(ValueError, match=f"{kind}.*none, oracle, popularity, previous_token, sem"):
+    with pytest.raises(ValueError, match=f"{kind}.*{', '.join(sorted(registry.PREDICTORS))}"):
         load_artifact(path)
 
 

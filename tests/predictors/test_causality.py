@@ -9,8 +9,10 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.eamc import Eamc
 from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
+from predictors.markov import Markov
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
@@ -23,6 +25,8 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": Popularity,
     "previous_token": PreviousToken,
     "forecaster": lambda: Forecaster(hidden_dim=16, epochs=1, trainer=QUIET),
+    "eamc": Eamc,
+    "markov": Markov,
     "semantic": lambda: Semantic(embedder=WordEmbedder()),
     "semantic as in the paper": lambda: Semantic(
         embedder=WordEmbedder(),
