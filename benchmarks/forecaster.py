@@ -38,9 +38,9 @@ from data.schema import Split, TraceList
 from data.splits import split_by_topic
 from predictors.fit.report import format_table
 from predictors.forecaster import Forecaster
-from predictors.history import NUM_ROWS, NUM_TOKENS_READ
 from predictors.metrics import evaluate_recall
 from predictors.routing import traces_of
+from predictors.token_history import NUM_ROWS, NUM_TOKENS_READ
 from runtime.budget import slots_at
 from runtime.simulate import simulate
 

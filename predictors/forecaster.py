@@ -22,8 +22,8 @@ from data.schema import MoESpec, Trace, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, Walked
 from predictors.calibrate import Calibration, fit_calibration
 from predictors.forecaster_net import Before, ForecasterNet
-from predictors.history import NUM_TOKENS_READ, History, histories_of, tokens_read_N3
 from predictors.routing import mean_use_LE, traces_of
+from predictors.token_history import NUM_TOKENS_READ, History, histories_of, tokens_read_N3
 
 logger = logging.getLogger(__name__)
 

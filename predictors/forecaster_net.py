@@ -13,7 +13,7 @@ map, say of it is added through small direct terms, so that the hidden layer nee
 *later* also sees the token's own routing, layer by layer: layer l's output depends on layers 0..l
 of that token and on nothing else of it, because what a layer adds is summed up from the front.
 
-Shape letters: B tokens · L MoE layers · E experts per layer · R rows (`predictors.history`) ·
+Shape letters: B tokens · L MoE layers · E experts per layer · R rows (`predictors.token_history`) ·
 G discounts · H hidden · Q what layers pass on to those after them.
 """
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from predictors.history import NUM_ROWS, NUM_TOKENS_READ
+from predictors.token_history import NUM_ROWS, NUM_TOKENS_READ
 
 
 class Before(NamedTuple):

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from data.schema import Trace
 from predictors.fit.training import TrainerSettings, make_trainer
 from predictors.forecaster_net import ForecasterNet
-from predictors.history import histories_of, tokens_read_N3
+from predictors.token_history import histories_of, tokens_read_N3
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from predictors.artifact import load_artifact, save_artifact
 from predictors.base import Predictor
 from predictors.forecaster import Forecaster
 from predictors.forecaster_net import ForecasterNet
-from predictors.history import NUM_ROWS
 from predictors.metrics import evaluate_recall
+from predictors.token_history import NUM_ROWS
 from tests.predictors.fakes import SPEC, make_trace, make_traces, random_traces
 
 SMALL: dict[str, Any] = {

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data.errors import MoecastError
-from predictors import history
-from predictors.history import (
+from predictors import token_history
+from predictors.token_history import (
     COPY_MIN_MATCH,
     DECAYS,
     NUM_PAST,
@@ -103,8 +103,8 @@ def test_copies_equal_the_formula(tokens: list[int]) -> None:
 def test_a_whole_trace_at_once_says_what_each_token_was_told(
     monkeypatch: pytest.MonkeyPatch, window: int, block: int, known: bool
 ) -> None:
-    monkeypatch.setattr(history, "COPY_WINDOW", window)
-    monkeypatch.setattr(history, "_BLOCK", block)
+    monkeypatch.setattr(token_history, "COPY_WINDOW", window)
+    monkeypatch.setattr(token_history, "_BLOCK", block)
     rng = np.random.default_rng(0)
     experts, tokens = rng.integers(0, 4, 50).tolist(), rng.integers(0, 3, 50).tolist()
     trace = make_trace("r", experts, tokens=tokens)
