@@ -17,12 +17,16 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.task import Task
 from tests.predictors.fakes import SPEC, WordEmbedder, make_traces, random_traces
 
 MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": lambda: Popularity(gamma=0.9),
     "previous_token": PreviousToken,
     "none": Silent,
+    "task": lambda: Task(
+        hidden_size=8, depth=1, window=2, epochs=1, trainer={"accelerator": "cpu"}
+    ),
     "semantic": lambda: Semantic(embedder=WordEmbedder(), neighbours=3),
     "semantic of requests": lambda: Semantic(
         embedder=WordEmbedder(), granularity="request", adapt_tokens=None

@@ -13,6 +13,7 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.task import Task
 from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 
 MAKERS: dict[str, Callable[[], Predictor]] = {
@@ -25,6 +26,9 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
         neighbours=1,
         centre=False,
         adapt_tokens=None,
+    ),
+    "task": lambda: Task(
+        hidden_size=8, depth=1, window=2, epochs=1, trainer={"accelerator": "cpu"}
     ),
 }
 
