@@ -29,6 +29,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
@@ -129,6 +130,7 @@ class Predictor(ABC):
         moments: When it speaks.
         needs_truth: It reads `Request.truth`: it judges recorded traces and cannot be exported.
         embedder: What turns prompts into vectors, or None where it reads no text.
+        members: The predictors that it is made of, by name; none but for a blend.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
         spec: The MoE it was fitted for; None before `fit` or `load_state`.
     """
@@ -137,6 +139,7 @@ class Predictor(ABC):
     moments: ClassVar[frozenset[Moment]]
     needs_truth: ClassVar[bool] = False
     embedder: Embedder | None = None
+    members: Mapping[str, "Predictor"] = MappingProxyType({})
 
     def __init__(self, *, gamma: float = 0.95) -> None:
         if not 0.0 <= gamma < 1.0:
@@ -241,7 +244,10 @@ class Predictor(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values, without the embedder."""
+        """The constructor's arguments as plain JSON values, without the embedder.
+
+        Members stand in it as {"kind": ..., "config": ..., "embedder": ...}, by name.
+        """
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:

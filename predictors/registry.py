@@ -6,6 +6,7 @@ An artifact is a file from a stranger, so it may name an entry here and nothing 
 from typing import TypeVar
 
 from predictors.base import Predictor
+from predictors.blend import Blend
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
@@ -17,7 +18,7 @@ from predictors.semantic import Semantic
 from predictors.task import Task
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, Task)
+    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, Task, Blend)
 }
 EMBEDDERS: dict[str, type[Embedder]] = {
     cls.kind: cls for cls in (SentenceEmbedder, TokenMeanEmbedder)

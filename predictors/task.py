@@ -142,16 +142,32 @@ class Task(Predictor):
         Raises:
             ValueError: No "fit" request has a routed token.
         """
+        start_s = time.perf_counter()
+        _, num_requests, num_tokens = mean_use_LE(traces)
+        trained = self.fit_streams(_stream_NLE(traces, "fit"), _stream_NLE(traces, "val"))
+        self.spec = traces.spec
+        self._calibration, details = fit_calibration(self, traces)
+        return FitReport(num_requests, num_tokens, time.perf_counter() - start_s, details | trained)
+
+    def fit_streams(self, fit_NLE: Tensor, val_NLE: Tensor) -> dict[str, Any]:
+        """Train the sequence model alone, on requests of which nothing but their use is known.
+
+        Args:
+            fit_NLE: float32, share of each request's tokens that used each expert, in order of
+                arrival; at least one request.
+            val_NLE: The same of the stream that chooses the epoch; empty: the last one is kept.
+
+        Returns:
+            Plain values for a report.
+        """
         from predictors.fit.task import train  # lightning: a serving process never loads it
 
-        start_s = time.perf_counter()
-        popularity_LE, num_requests, num_tokens = mean_use_LE(traces)
-        fit_NLE, val_NLE = (_stream_NLE(traces, split) for split in ("fit", "val"))
         self._latest, self._calibration = None, Calibration.identity()
+        popularity_LE = fit_NLE.mean(dim=0)
+        # A single request, or requests that are all alike, have no spread: any scale will do.
+        spread = float((fit_NLE - popularity_LE).square().mean().sqrt())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            # A single request, or requests that are all alike, have no spread: any scale will do.
-            spread = float((fit_NLE - popularity_LE).square().mean().sqrt())
             self._net = self._make_net(popularity_LE, scale=max(spread, 1e-3))
             trained = train(
                 self._net,
@@ -165,14 +181,21 @@ class Task(Predictor):
                 weight_decay=self.weight_decay,
                 settings=self._trainer,
             )
-        self.spec = traces.spec
-        self._calibration, details = fit_calibration(self, traces)
-        details |= {
-            "num_parameters": sum(p.numel() for p in self._net.parameters()),
-            "num_steps": trained.num_steps,
-            "val_losses": trained.val_losses,
-        }
-        return FitReport(num_requests, num_tokens, time.perf_counter() - start_s, details)
+        num_parameters = sum(parameter.numel() for parameter in self._net.parameters())
+        return {"num_parameters": num_parameters, **trained._asdict()}
+
+    @torch.no_grad()
+    def foresee(self, windows_NMLE: Tensor) -> Tensor:
+        """Shares of use by the request after each window, uncalibrated.
+
+        Args:
+            windows_NMLE: float32 use of the M requests before it, oldest first.
+
+        Returns:
+            float32 [N, L, E].
+        """
+        assert self._net is not None, "fit or load first"
+        return torch.sigmoid(self._net(windows_NMLE))
 
     def with_history(self, history: RequestHistory) -> Self:
         """A view that forecasts from ``history``; views share what was learned and nothing else.
@@ -237,7 +260,6 @@ class Task(Predictor):
             popularity_LE, scale=scale, window=self.window, start=self.start, **options
         )
 
-    @torch.no_grad()
     def _in_force(self) -> Forecast:
         self.fitted_spec()
         assert self._net is not None
@@ -249,7 +271,7 @@ class Task(Predictor):
             if self._history is not None and made_at:
                 known = self._history.before(made_at, self.window)
                 missing = [popularity_LE] * (self.window - len(known))
-                next_LE = self._net(torch.stack([*missing, *known])[None])[0].sigmoid()
+                next_LE = self.foresee(torch.stack([*missing, *known])[None])[0]
             forecast = Forecast.stationary(self._calibration(next_LE), gamma=self.gamma)
             self._latest = (made_at, forecast)
         return self._latest[1]

@@ -9,6 +9,7 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.blend import Blend
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
@@ -26,6 +27,13 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
         neighbours=1,
         centre=False,
         adapt_tokens=None,
+    ),
+    "blend": lambda: Blend(
+        members={
+            "semantic": Semantic(embedder=WordEmbedder()),
+            "previous_token": PreviousToken(),
+            "popularity": Popularity(),
+        }
     ),
     "task": lambda: Task(
         hidden_size=8, depth=1, window=2, epochs=1, trainer={"accelerator": "cpu"}
