@@ -54,7 +54,8 @@ class Task(Predictor):
     - A forecast serves the next ``period`` requests, so it is trained to be best for all of them,
       not for the very next alone.
     - ``start="counts"``: the model's output is added to a learned mixture of the previous requests'
-      use. The paper's is "popularity": on request streams of new topics that loses to counting.
+      use. The paper's is "popularity", which loses to counting where neighbouring requests are
+      alike (`benchmarks/emoe_sequence.py`).
     - The epoch is chosen on "val".
     - A task's frequencies are not kept apart by keywords: what separates tasks here is the history.
 

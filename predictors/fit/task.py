@@ -72,12 +72,9 @@ class SequenceModule(lightning.LightningModule):  # type: ignore[misc]
         net: What is trained; left out of the hyper-parameters, which are plain values.
         learning_rate: Peak of the one-cycle schedule.
         weight_decay: AdamW's.
-        total_steps: Optimizer steps of the whole training.
     """
 
-    def __init__(
-        self, net: SequenceNet, *, learning_rate: float, weight_decay: float, total_steps: int
-    ) -> None:
+    def __init__(self, net: SequenceNet, *, learning_rate: float, weight_decay: float) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["net"])
         self.net = net
@@ -109,7 +106,10 @@ class SequenceModule(lightning.LightningModule):  # type: ignore[misc]
             rates.append(25 * hyper["learning_rate"])
         optimizer = torch.optim.AdamW(groups, weight_decay=hyper["weight_decay"])
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=hyper["total_steps"], pct_start=0.1
+            optimizer,
+            rates,
+            total_steps=int(self.trainer.estimated_stepping_batches),
+            pct_start=0.1,
         )
         return {
             "optimizer": optimizer,
@@ -118,7 +118,7 @@ class SequenceModule(lightning.LightningModule):  # type: ignore[misc]
 
 
 class KeepBest(lightning.Callback):  # type: ignore[misc]
-    """Keeps the weights of the epoch with the least validation loss, in memory."""
+    """Leaves a module with the weights of the epoch that had the least validation loss."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -135,9 +135,19 @@ class KeepBest(lightning.Callback):  # type: ignore[misc]
             self.best = copy.deepcopy(module.state_dict())
         self.losses.append(loss)
 
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Here and not after `fit`: a spawned process hands back its module, not its callbacks."""
+        if self.best is not None:
+            module.load_state_dict(self.best)
+
 
 class Trained(NamedTuple):
-    """How training went: validation loss after each epoch, empty where there was none."""
+    """How training went.
+
+    Attributes:
+        val_losses: After each epoch; empty without validation, or where other processes trained.
+        num_steps: Of the optimizer.
+    """
 
     val_losses: list[float]
     num_steps: int
@@ -178,12 +188,7 @@ def train(
         sampler=RandomSampler(fitted, replacement=True, num_samples=_WINDOWS_PER_EPOCH),
     )
     validation: DataLoader[Any] = DataLoader(chosen_by, batch_size=256)
-    module = SequenceModule(
-        net,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        total_steps=epochs * len(loader),
-    )
+    module = SequenceModule(net, learning_rate=learning_rate, weight_decay=weight_decay)
     keep_best = KeepBest()
     trainer = make_trainer(settings, max_epochs=epochs, callbacks=[keep_best])
     with warnings.catch_warnings():
@@ -193,7 +198,5 @@ def train(
         # Lightning 2.6 asks torch 2.13 in a way that torch is about to drop.
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         trainer.fit(module, loader, validation if len(val_NLE) else None)
-    if keep_best.best is not None:
-        module.load_state_dict(keep_best.best)
     net.cpu().eval()
     return Trained(keep_best.losses, trainer.global_step)

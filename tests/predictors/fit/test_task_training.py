@@ -70,7 +70,7 @@ def test_the_best_epoch_is_kept_not_the_last() -> None:
             for n in range(12)
         ]
         windows, targets = (torch.stack(part) for part in zip(*batch, strict=True))
-        module = SequenceModule(model, learning_rate=1.0, weight_decay=0.0, total_steps=1)
+        module = SequenceModule(model, learning_rate=1.0, weight_decay=0.0)
         assert module.loss((windows, targets), teach=False).item() == pytest.approx(best, rel=1e-5)
 
 
@@ -89,12 +89,12 @@ def test_layers_are_forecast_without_a_look_at_the_request() -> None:
     assert torch.equal(model(window, one)[:, 0], model(window, other)[:, 0])
     assert not torch.equal(model(window, one)[:, 1], model(window, other)[:, 1])
     assert model(window).shape == (1, 2, 4)
-    module = SequenceModule(model, learning_rate=1.0, weight_decay=0.0, total_steps=1)
+    module = SequenceModule(model, learning_rate=1.0, weight_decay=0.0)
     said = torch.nn.functional.binary_cross_entropy_with_logits(model(window), one)
     assert torch.equal(module.loss((window, one), teach=False), said)
 
 
 def test_hyper_parameters_are_plain_values() -> None:
-    module = SequenceModule(net(), learning_rate=0.1, weight_decay=0.2, total_steps=3)
-    assert dict(module.hparams) == {"learning_rate": 0.1, "weight_decay": 0.2, "total_steps": 3}
+    module = SequenceModule(net(), learning_rate=0.1, weight_decay=0.2)
+    assert dict(module.hparams) == {"learning_rate": 0.1, "weight_decay": 0.2}
     assert KeepBest().best is None
