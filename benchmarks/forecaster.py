@@ -1,7 +1,7 @@
 """How much of the way to Belady's optimum the learned forecaster closes, on requests never seen.
 
     python -m benchmarks.forecaster                    # a quarter of an hour on two cores
-    python -m benchmarks.forecaster members=3          # three networks averaged
+    python -m benchmarks.forecaster num_nets=3          # three networks averaged
     python -m benchmarks.forecaster seeds=[0] max_tokens=3000
 
 Real routing (folder MOECAST_DATA), everything fitted anew for every seed, which draws the split,
@@ -57,7 +57,7 @@ class Args:
     """
 
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
-    members: int = 1
+    num_nets: int = 1
     hidden_dim: int = 1024
     max_tokens: int | None = None
     device: str = "auto"
@@ -152,7 +152,7 @@ def main(argv: Sequence[str]) -> None:
 
     def forecaster(seed: int) -> Forecaster:
         return Forecaster(
-            members=args.members, hidden_dim=args.hidden_dim, seed=seed, trainer=trainer
+            num_nets=args.num_nets, hidden_dim=args.hidden_dim, seed=seed, trainer=trainer
         )
 
     runs: dict[str, list[dict[str, Any]]] = {}
@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
             runs.setdefault(name, []).append(run)
     outcome: dict[str, Any] = {
         "seeds": args.seeds,
-        "members": args.members,
+        "num_nets": args.num_nets,
         "device": _device(args.device),
         "settings": {
             name: {"summary": summarize(of_name), "runs": of_name} for name, of_name in runs.items()

@@ -4,14 +4,17 @@
       manifest.json          written last: what this is, for which model, from what, checksums
       state.safetensors      every learned tensor, calibration included
       index.faiss            only where the predictor searches
+      NAME.index.faiss       the same of the member NAME of a blend
 
-No pickle. `kind` is looked up in `predictors.registry`; no import path is read from a file.
+A blend is one artifact: its members' configurations lie in its own, and their tensors beside its
+own, behind their names. No pickle. `kind` is looked up in `predictors.registry`; no import path is
+read from a file.
 """
 
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -47,6 +50,21 @@ class EmbedderEntry(_Strict):
     fingerprint: str
 
 
+class PredictorEntry(_Strict):
+    """How a predictor is constructed.
+
+    Attributes:
+        kind: Key of `predictors.registry.PREDICTORS`.
+        config: Constructor arguments, without the embedder; `members`, where it has any, are
+            entries like this one.
+        embedder: Or None, if the predictor reads no text.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    embedder: EmbedderEntry | None
+
+
 class SpecEntry(_Strict):
     """`MoESpec`, field by field."""
 
@@ -64,14 +82,11 @@ class SpecEntry(_Strict):
         return MoESpec.from_json(self.model_dump())
 
 
-class Manifest(_Strict):
-    """Everything about an artifact but its tensors.
+class Manifest(PredictorEntry):
+    """Everything about an artifact but its tensors: the predictor's entry, and these.
 
     Attributes:
         schema_version: Of this layout.
-        kind: Key of `predictors.registry.PREDICTORS`.
-        config: Constructor arguments, without the embedder.
-        embedder: Or None, if the predictor reads no text.
         spec: The MoE that the predictor was fitted for.
         parents: Digest of each input: traces, configuration.
         files: SHA-256 of every other file in the folder.
@@ -81,9 +96,6 @@ class Manifest(_Strict):
     """
 
     schema_version: Literal[1] = SCHEMA_VERSION
-    kind: str
-    config: dict[str, Any]
-    embedder: EmbedderEntry | None
     spec: SpecEntry
     parents: dict[str, str]
     files: dict[str, str]
@@ -126,7 +138,8 @@ def save_artifact(
     with atomic_dir(path) as folder:
         state = {name: tensor.contiguous() for name, tensor in predictor.tensors().items()}
         save_file(state, folder / STATE)
-        predictor.save_index(folder / INDEX)
+        for name, one in _index_files(predictor):
+            one.save_index(folder / name)
         manifest = Manifest(
             kind=predictor.kind,
             config=predictor.config(),
@@ -209,19 +222,14 @@ def load_artifact(path: Path, *, expect: MoESpec | None = None) -> Predictor:
             raise DamagedFileError(file, "missing")
         if sha256_file(file) != checksum:
             raise DamagedFileError(file, "its SHA-256 is not the manifest's")
-    config = dict(manifest.config)
-    if manifest.embedder is not None:
-        config["embedder"] = _same_embedder(manifest.embedder, path)
-    try:
-        predictor = predictor_class(manifest.kind)(**config)
-    except TypeError as error:
-        raise DamagedFileError(path / MANIFEST, f"config of {manifest.kind}: {error}") from error
+    predictor = _constructed(manifest, path)
     try:
         predictor.load_state(spec, load_file(path / STATE))
     except (safetensors.SafetensorError, KeyError) as error:
         raise DamagedFileError(path / STATE, f"cannot be read ({error})") from error
-    if INDEX in manifest.files:
-        predictor.load_index(path / INDEX)
+    for name, one in _index_files(predictor):
+        if name in manifest.files:
+            one.load_index(path / name)
     return predictor
 
 
@@ -229,6 +237,28 @@ def artifact_digest(path: Path) -> str:
     """Hex SHA-256 that names the artifact's whole content, through its manifest's checksums."""
     read_manifest(path)
     return sha256_file(path / MANIFEST)
+
+
+def _constructed(entry: PredictorEntry, path: Path) -> Predictor:
+    config = dict(entry.config)
+    if entry.embedder is not None:
+        config["embedder"] = _same_embedder(entry.embedder, path)
+    try:
+        if "members" in config:
+            config["members"] = {
+                name: _constructed(PredictorEntry.model_validate(member), path)
+                for name, member in config["members"].items()
+            }
+        return predictor_class(entry.kind)(**config)
+    except (TypeError, AttributeError, pydantic.ValidationError) as error:
+        raise DamagedFileError(path / MANIFEST, f"config of {entry.kind}: {error}") from error
+
+
+def _index_files(predictor: Predictor, prefix: str = "") -> Iterator[tuple[str, Predictor]]:
+    """A predictor and its members, each with the file that its index is in, if it has one."""
+    yield f"{prefix}{INDEX}", predictor
+    for name, member in predictor.members.items():
+        yield from _index_files(member, f"{prefix}{name}.")
 
 
 def _same_embedder(entry: EmbedderEntry, path: Path) -> Embedder:

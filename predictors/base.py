@@ -1,7 +1,8 @@
 """What a predictor is: one thin interface for everything that forecasts experts.
 
 A predictor speaks at up to four moments, and keeps its per-request past in a `State` that the
-caller owns (so that requests never share a past, and a batch is a list of states):
+caller owns (so that requests never share a past, and a batch is a list of states). What it may know
+of earlier requests stands in a `RequestHistory`, which the caller owns too (`with_history`):
 
 - **request** (`on_request`): the prompt is known, nothing has been routed yet.
 - **token** (`on_token`): one token has passed all layers; its whole expert map is known, and so is
@@ -28,7 +29,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ from torch import Tensor
 
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.embedders.base import Embedder
+from predictors.request_history import RequestHistory
 
 Moment = Literal["request", "token", "layer", "routed"]
 
@@ -127,6 +130,7 @@ class Predictor(ABC):
         moments: When it speaks.
         needs_truth: It reads `Request.truth`: it judges recorded traces and cannot be exported.
         embedder: What turns prompts into vectors, or None where it reads no text.
+        members: The predictors that it is made of, by name; none but for a blend.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
         spec: The MoE it was fitted for; None before `fit` or `load_state`.
     """
@@ -135,6 +139,7 @@ class Predictor(ABC):
     moments: ClassVar[frozenset[Moment]]
     needs_truth: ClassVar[bool] = False
     embedder: Embedder | None = None
+    members: Mapping[str, "Predictor"] = MappingProxyType({})
 
     def __init__(self, *, gamma: float = 0.95) -> None:
         if not 0.0 <= gamma < 1.0:
@@ -152,6 +157,14 @@ class Predictor(ABC):
     def new_state(self) -> State:
         """An empty past for one request."""
         return State()
+
+    def with_history(self, history: RequestHistory) -> Self:
+        """This predictor, reading the finished requests that the caller adds to ``history``.
+
+        Returns:
+            A view that shares everything learned, for those who remember requests; else itself.
+        """
+        return self
 
     def on_request(self, state: State, request: Request) -> Forecast | None:
         """Forecast from the prompt alone; None where this predictor has nothing to say yet."""
@@ -231,7 +244,10 @@ class Predictor(ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments as plain JSON values, without the embedder."""
+        """The constructor's arguments as plain JSON values, without the embedder.
+
+        Members stand in it as {"kind": ..., "config": ..., "embedder": ...}, by name.
+        """
 
     @abstractmethod
     def tensors(self) -> Mapping[str, Tensor]:

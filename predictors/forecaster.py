@@ -1,7 +1,7 @@
 """Forecaster: learns from a request's past when each expert will be used again.
 
-The plug-in: what is learned lies in `forecaster_net`, what it reads in `history`, and how it is
-trained in `fit.forecaster`.
+The plug-in: what is learned lies in `forecaster_net`, what it reads in `token_history`, and how it
+is trained in `fit.forecaster`.
 
 Shape letters: L MoE layers · E experts per layer · K experts per token · G discounts · V tokens ·
 T tokens · R rows of a history.
@@ -64,7 +64,7 @@ class Forecaster(Predictor):
     Args:
         discounts: g, each in (0, 1): horizons of about 1 / (1 - g) tokens.
         hidden_dim: Of each network.
-        members: Networks whose probabilities are averaged; each costs as much as the first.
+        num_nets: Networks whose probabilities are averaged; each costs as much as the first.
         epochs: Passes over the fitted tokens.
         batch_size: Tokens per step.
         learning_rate: The highest of the schedule.
@@ -88,7 +88,7 @@ class Forecaster(Predictor):
         *,
         discounts: Sequence[float] = (0.7, 0.9, 0.96),
         hidden_dim: int = 1024,
-        members: int = 1,
+        num_nets: int = 1,
         epochs: int = 12,
         batch_size: int = 512,
         learning_rate: float = 2e-3,
@@ -104,7 +104,7 @@ class Forecaster(Predictor):
         super().__init__(gamma=max(discounts))
         at_least_1 = {
             "hidden_dim": hidden_dim,
-            "members": members,
+            "num_nets": num_nets,
             "epochs": epochs,
             "batch_size": batch_size,
             "max_fit_tokens": max_fit_tokens,
@@ -122,7 +122,7 @@ class Forecaster(Predictor):
             raise ValueError(f"dropout={dropout}: must be in [0, 1)")
         self.discounts = [float(discount) for discount in discounts]
         self.hidden_dim = hidden_dim
-        self.members = members
+        self.num_nets = num_nets
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
@@ -161,10 +161,10 @@ class Forecaster(Predictor):
                 batch_size=self.batch_size,
                 learning_rate=self.learning_rate,
                 weight_decay=self.weight_decay,
-                seed=self.seed + 1000 * member,
+                seed=self.seed + 1000 * n,
                 trainer=self._trainer,
             )
-            for member in range(self.members)
+            for n in range(self.num_nets)
         ]
         for net in self.nets:  # an artifact holds halves: what is judged is what is served
             for parameter in net.parameters():
@@ -214,8 +214,8 @@ class Forecaster(Predictor):
         assert state.history is not None, "on_request comes before on_routed"
         rows_RE = state.history.after_RE(layer, router_probs_E)
         later = []
-        for member, net in enumerate(self.nets):
-            later_GE, state.said[member] = net.after_layer(state.said[member], layer, rows_RE)
+        for n, net in enumerate(self.nets):
+            later_GE, state.said[n] = net.after_layer(state.said[n], layer, rows_RE)
             later.append(later_GE.sigmoid())
         return self._discounted(torch.stack(later).mean(0))
 
@@ -245,7 +245,7 @@ class Forecaster(Predictor):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, without the trainer."""
         names = (
-            "discounts hidden_dim members epochs batch_size learning_rate weight_decay dropout "
+            "discounts hidden_dim num_nets epochs batch_size learning_rate weight_decay dropout "
             "token_capacity max_fit_tokens seed"
         )
         return {name: getattr(self, name) for name in names.split()}
@@ -259,8 +259,8 @@ class Forecaster(Predictor):
             "popularity_LE": self._popularity_LE,
             **self._calibration.tensors(),
             **{
-                f"nets.{member}.{name}": tensor.half()
-                for member, net in enumerate(self.nets)
+                f"nets.{n}.{name}": tensor.half()
+                for n, net in enumerate(self.nets)
                 for name, tensor in net.state_dict().items()
             },
         }
@@ -273,10 +273,10 @@ class Forecaster(Predictor):
         ids_V: list[int] = tensors["token_ids_V"].tolist()
         self._token_rows = {token: row for row, token in enumerate(ids_V)}
         self.nets = []
-        for member in range(self.members):
+        for n in range(self.num_nets):
             net = ForecasterNet(**self._net_sizes()).eval()
             net.load_state_dict(
-                {name: tensors[f"nets.{member}.{name}"].float() for name in net.state_dict()}
+                {name: tensors[f"nets.{n}.{name}"].float() for name in net.state_dict()}
             )
             self.nets.append(net.requires_grad_(False))
 

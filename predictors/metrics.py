@@ -27,6 +27,7 @@ import numpy.typing as npt
 from data.errors import SpecMismatchError
 from data.schema import MoESpec, Split, Trace, TraceSet
 from predictors.base import Forecast, Predictor
+from predictors.request_history import RequestHistory
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 
 LOOKAHEADS = (1, 2, 4, 8)
@@ -166,6 +167,8 @@ def evaluate_recall(
         raise ValueError(f"lookaheads={list(lookaheads)}: must hold 1 and nothing below it")
     tally = _Tally(spec, lookaheads, num_bins)
     num_requests = 0
+    history = RequestHistory()  # of this split, in the set's order: one request after the other
+    predictor = predictor.with_history(history)
     for trace in traces_of(traces, split):
         rows = decode_rows(trace)
         stop = rows.stop
@@ -177,6 +180,7 @@ def evaluate_recall(
         uses = _UseCount(trace, spec.num_experts, stop)
         for forecasts, first_R, last_R in _batches(predictor, trace, slice(rows.start, stop)):
             tally.add(uses, forecasts, first_R, last_R)
+        history.add_trace(trace, spec.num_experts)
     if not num_requests:
         raise ValueError(f"no token to judge: split {split!r}, max_tokens={max_tokens}")
     return tally.report(predictor.kind, split, num_requests)

@@ -6,6 +6,7 @@ An artifact is a file from a stranger, so it may name an entry here and nothing 
 from typing import TypeVar
 
 from predictors.base import Predictor
+from predictors.blend import Blend
 from predictors.eamc import Eamc
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
@@ -18,11 +19,13 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.task import Task
 from predictors.trajectory import Trajectory
 
 PREDICTORS: dict[str, type[Predictor]] = {
     cls.kind: cls
     for cls in (
+        Blend,
         Eamc,
         FineMoE,
         Forecaster,
@@ -32,6 +35,7 @@ PREDICTORS: dict[str, type[Predictor]] = {
         PreviousToken,
         Semantic,
         Silent,
+        Task,
         Trajectory,
     )
 }

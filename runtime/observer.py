@@ -9,7 +9,9 @@ What a predictor says of a layer that has routed (`on_routed`) is asked for righ
 ran, in passes of one token a row, and passed on before the layer's experts are computed.
 
 A request begins where a forward pass starts without a past (an empty KV cache), or where the
-caller says so. Each row of a batch has its own `State`; the forecast passed on is their mean.
+caller says so. Each row of a batch has its own `State`; the forecast passed on is their mean. Where
+the next batch begins, the requests of the last one are finished: a predictor that remembers
+requests (`Predictor.with_history`) is shown then what they used.
 
 Knows nothing of caches, slots or how experts are computed.
 
@@ -27,6 +29,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data.adapters import MoELayer, router_probs_TE
 from predictors.base import Forecast, Predictor, Request, State
+from predictors.request_history import RequestHistory
 
 
 class Observer:
@@ -52,7 +55,10 @@ class Observer:
         on_later: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._signature = inspect.signature(model.forward)
-        self._predictor = predictor
+        self._history = RequestHistory()
+        self._predictor = predictor.with_history(self._history)
+        remembers = self._predictor is not predictor
+        self._uses = _Uses(predictor.fitted_spec().top_k) if remembers else None
         self._on_forecast = on_forecast
         self._on_later = on_later if "routed" in predictor.moments else None
         self._prompts: tuple[str, ...] | None = None
@@ -117,6 +123,10 @@ class Observer:
     def _begin(self, tokens: "_Tokens") -> None:
         prompts: Sequence[str | None] = self._prompts or [None] * len(tokens.ids)
         self._prompts = None
+        if self._uses is not None:
+            self._uses.count(self._last, self._maps)
+            for use_LE in self._uses.finish():
+                self._history.add(use_LE)
         if len(prompts) != len(tokens.ids):
             raise ValueError(
                 f"begin_request named {len(prompts)} prompts, but the batch has "
@@ -134,6 +144,8 @@ class Observer:
         maps = [map_TE for map_TE in self._maps if map_TE is not None]
         if len(maps) < len(self._maps):
             return  # that pass was broken off: its tokens were not routed in every layer
+        if self._uses is not None:
+            self._uses.count(self._last, self._maps)
         maps_TLE = torch.stack(maps, dim=1).cpu()
         for row, (ids, where) in enumerate(zip(self._last.ids, self._last.where, strict=True)):
             followers = [*ids[1:], *(next_tokens.ids[row][:1] or [None])]
@@ -176,6 +188,47 @@ class _Tokens:
             [None] * (num_rows * num_tokens) if ids_BT is None else ids_BT.flatten().tolist()
         )
         return cls([[flat[i] for i in row] for row in where], where)
+
+
+class _Uses:
+    """What the requests of a batch have used so far, as `routing.request_use_LE` counts it.
+
+    Args:
+        top_k: K.
+    """
+
+    def __init__(self, top_k: int) -> None:
+        self._top_k = top_k
+        self._use_BLE: list[Tensor] = []
+        self._num_tokens: list[int] = []
+        self._num_passes = 0
+
+    def count(self, tokens: "_Tokens", maps: Sequence[Tensor | None]) -> None:
+        """Add a forward pass; one that was broken off, or had no rows, counts for nothing."""
+        known = [map_TE for map_TE in maps if map_TE is not None]
+        if len(known) < len(maps) or not tokens.where:
+            return
+        maps_TLE = torch.stack(known, dim=1).cpu()
+        used_TLK = maps_TLE.topk(self._top_k, dim=-1).indices
+        use_TLE = torch.zeros_like(maps_TLE, dtype=torch.float32).scatter_(-1, used_TLK, 1.0)
+        rows = [use_TLE[where] for where in tokens.where]
+        if self._num_passes < 2:  # the prompt counts only as long as nothing has been decoded
+            self._use_BLE = [torch.zeros_like(use_TLE[0]) for _ in rows]
+            self._num_tokens = [0] * len(rows)
+        for row, row_TLE in enumerate(rows):
+            self._use_BLE[row] += row_TLE.sum(dim=0)
+            self._num_tokens[row] += len(row_TLE)
+        self._num_passes += 1
+
+    def finish(self) -> list[Tensor]:
+        """Share of each request's tokens that used each expert, [L, E]; then start anew."""
+        uses = [
+            use_LE / num_tokens
+            for use_LE, num_tokens in zip(self._use_BLE, self._num_tokens, strict=True)
+            if num_tokens
+        ]
+        self._use_BLE, self._num_tokens, self._num_passes = [], [], 0
+        return uses
 
 
 def _mean(forecasts: Sequence[Forecast]) -> Forecast:

@@ -32,6 +32,7 @@ from data.importers import load_traces
 from data.schema import MoESpec, TraceSet
 from predictors.artifact import load_artifact
 from predictors.base import Predictor, Walked
+from predictors.request_history import RequestHistory
 from runtime.budget import Budget, Scope, parse_budgets, working_set_bytes
 from runtime.cache import Event, ExpertCache
 from runtime.metrics import Clock, Counters, gap_closed, ratio
@@ -257,10 +258,17 @@ def _serve_pool(
 
 
 def _walker(predictor: Predictor, traces: TraceSet, *, with_truth: bool) -> Callable[[int], Walked]:
+    history = RequestHistory()
+    following = predictor.with_history(history)
+
     def walked(index: int) -> Walked:
+        trace = traces[index]
         # What a predictor keeps for itself must not become an inference tensor.
         with torch.inference_mode(False), torch.no_grad():
-            return predictor.walk(traces[index], with_truth=with_truth)
+            said = following.walk(trace, with_truth=with_truth)
+            # Requests are replayed one after the other: the next call is for a later one.
+            history.add_trace(trace, traces.spec.num_experts)
+        return said
 
     return walked
 

@@ -203,7 +203,7 @@ def fit_net(
             drop_last=True,
             collate_fn=torch.tensor,
         )
-        runner = make_trainer(trainer, max_epochs=epochs)
+        runner = make_trainer(trainer, max_epochs=epochs, prefer_bf16=True)
         runner.fit(module, loader)
     loss = float(runner.callback_metrics["loss"])
     if not np.isfinite(loss):

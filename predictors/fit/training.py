@@ -16,19 +16,24 @@ TrainerSettings = Mapping[str, Any]
 
 
 def make_trainer(
-    settings: TrainerSettings | None, *, max_epochs: int, callbacks: list[Callback] | None = None
+    settings: TrainerSettings | None,
+    *,
+    max_epochs: int,
+    prefer_bf16: bool = False,
+    callbacks: list[Callback] | None = None,
 ) -> lightning.Trainer:
     """A trainer that writes nothing to disk; what it trained is exported as an artifact.
 
     Args:
-        settings: As above; None lets Lightning choose one device. The precision "auto", also the
-            default, is bfloat16 where the device multiplies it faster than float32.
+        settings: As above; None lets Lightning choose one device.
         max_epochs: At least 1.
+        prefer_bf16: Unless the settings name a precision, multiply in bfloat16 where the device is
+            faster in it: for networks large enough to be bound by multiplications.
         callbacks: More of them.
     """
-    chosen = {"accelerator": "auto", "devices": 1, "precision": "auto", **(settings or {})}
-    if chosen["precision"] == "auto":
-        chosen["precision"] = "bf16-mixed" if _is_bf16_fast(chosen["accelerator"]) else "32-true"
+    chosen = {"accelerator": "auto", "devices": 1, **(settings or {})}
+    if prefer_bf16 and "precision" not in chosen and _is_bf16_fast(chosen["accelerator"]):
+        chosen["precision"] = "bf16-mixed"
     return lightning.Trainer(
         **chosen,
         max_epochs=max_epochs,

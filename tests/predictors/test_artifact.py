@@ -20,6 +20,7 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.task import Task
 from predictors.trajectory import Trajectory
 from tests.predictors.fakes import SPEC, WordEmbedder, make_traces, random_traces
 
@@ -29,6 +30,9 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
     "eamc": lambda: Eamc(neighbours=3),
     "markov": lambda: Markov(num_layers_ahead=1),
     "none": Silent,
+    "task": lambda: Task(
+        hidden_size=8, depth=1, window=2, epochs=1, trainer={"accelerator": "cpu"}
+    ),
     "semantic": lambda: Semantic(embedder=WordEmbedder(), neighbours=3),
     "semantic of requests": lambda: Semantic(
         embedder=WordEmbedder(), granularity="request", adapt_tokens=None

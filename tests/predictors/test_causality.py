@@ -9,6 +9,7 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.blend import Blend
 from predictors.eamc import Eamc
 from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
@@ -17,6 +18,7 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
+from predictors.task import Task
 from predictors.trajectory import Trajectory
 from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 
@@ -37,6 +39,16 @@ MAKERS: dict[str, Callable[[], Predictor]] = {
     ),
     "trajectory": lambda: Trajectory(prefetch_distance=1),
     "finemoe": lambda: FineMoE(embedder=WordEmbedder(), prefetch_distance=1, capacity=50),
+    "blend": lambda: Blend(
+        members={
+            "semantic": Semantic(embedder=WordEmbedder()),
+            "previous_token": PreviousToken(),
+            "popularity": Popularity(),
+        }
+    ),
+    "task": lambda: Task(
+        hidden_size=8, depth=1, window=2, epochs=1, trainer={"accelerator": "cpu"}
+    ),
 }
 
 

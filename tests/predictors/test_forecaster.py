@@ -46,7 +46,7 @@ def traces() -> TraceList:
 
 @pytest.fixture(scope="module")
 def fitted(traces: TraceList) -> Forecaster:
-    predictor = Forecaster(**SMALL, members=2)
+    predictor = Forecaster(**SMALL, num_nets=2)
     predictor.fit(traces)
     return predictor
 
@@ -232,7 +232,7 @@ def test_a_large_set_is_fitted_on_some_of_its_requests(caplog: pytest.LogCapture
         ("discounts", []),
         ("discounts", [1.0]),
         ("hidden_dim", 0),
-        ("members", 0),
+        ("num_nets", 0),
         ("epochs", 0),
         ("dropout", 1.0),
         ("learning_rate", 0.0),

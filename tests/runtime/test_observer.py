@@ -10,6 +10,8 @@ from torch import Tensor
 from data.adapters import moe_layers, router_probs_TE, spec_of
 from data.schema import Trace
 from predictors.base import Forecast, Request, State
+from predictors.request_history import RequestHistory
+from predictors.routing import request_use_LE
 from runtime.observer import Observer
 from tests.fakes import ScriptedPredictor
 from tests.families import tiny_model
@@ -192,3 +194,39 @@ def test_removing_the_observer_removes_every_hook(model: Any) -> None:
     assert not model._forward_pre_hooks
     generate(model, [[1, 2]])
     assert predictor.requests == []
+
+
+@pytest.mark.parametrize("num_new_tokens", [1, 5], ids=["prompt alone", "with decode steps"])
+def test_a_finished_request_is_remembered_as_its_trace_would_be(
+    model: Any, num_new_tokens: int
+) -> None:
+    """Only once the next one begins: a running request is in nobody's history."""
+
+    class Remembering(Echo):
+        def with_history(self, history: RequestHistory) -> "Remembering":
+            view = Remembering()
+            view.spec, view.finished = self.spec, []
+            view.history = history
+            return view
+
+        def on_request(self, state: State, request: Request) -> Forecast | None:
+            self.finished.append(self.history.before(self.history.num_finished, 9))
+            return None
+
+    predictor = Remembering()
+    predictor.load_state(spec_of(model), {})
+    observer = Observer(
+        model=model, layers=moe_layers(model), predictor=predictor, on_forecast=lambda _: None
+    )
+    outputs = [
+        generate(model, [prompt], num_new_tokens=num_new_tokens)[0]
+        for prompt in ([3, 1, 4, 1, 5], [2, 7], [1])
+    ]
+    observer.remove()
+    finished = observer._predictor.finished
+    assert [len(uses) for uses in finished] == [0, 1, 2]
+    for use_LE, output_P, num_prompt_tokens in zip(finished[2], outputs[:2], (5, 2), strict=True):
+        # The last token is sampled, and never routed.
+        trace = trace_of(model, output_P[:-1], num_prompt_tokens)
+        expected_LE = request_use_LE(trace, spec_of(model).num_experts)
+        assert use_LE.numpy() == pytest.approx(expected_LE, abs=1e-6)

@@ -19,6 +19,7 @@ from data.schema import MoESpec, Trace, TraceList
 from predictors.artifact import save_artifact
 from predictors.base import FitReport, Forecast, Predictor, Request, State
 from predictors.popularity import Popularity
+from predictors.request_history import RequestHistory
 from runtime.cache import Event, ExpertCache
 from runtime.metrics import Clock
 from runtime.policies import make_policy
@@ -629,3 +630,21 @@ def test_reference_points_of_the_real_traces_come_out(
     for result in results:
         expected = reference[result.slots][REFERENCE_POLICIES.index(result.policy)]
         assert result.hit_ratio == pytest.approx(expected, abs=0.002), result
+
+
+def test_a_predictor_that_remembers_requests_is_shown_those_replayed_before() -> None:
+    class Remembering(Seer):
+        def with_history(self, history: RequestHistory) -> "Remembering":
+            self.history, self.known = history, []
+            return self
+
+        def on_request(self, state: State, request: Request) -> Forecast:
+            uses = self.history.before(self.history.num_finished, 9)
+            self.known.append([use_LE[0].nonzero().flatten().tolist() for use_LE in uses])
+            return super().on_request(state, request)
+
+    traces = trace_list([[[0]], [[1]]], [[[2]]], [[[3]]])
+    predictor = Remembering()
+    predictor.fit(traces)
+    run(traces, "forecast", slots=[2], predictor=predictor, with_truth=True)
+    assert predictor.known == [[], [[0, 1]], [[0, 1], [2]]]
