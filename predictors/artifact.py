@@ -74,6 +74,8 @@ class Manifest(_Strict):
         embedder: Or None, if the predictor reads no text.
         spec: The MoE that the predictor was fitted for.
         parents: Digest of each input: traces, configuration.
+        split: How the traces' split was drawn, where it is not their own: arguments of
+            `data.sources.trace.redraw`.
         files: SHA-256 of every other file in the folder.
         fit_report: `FitReport` as plain values.
         metrics: What was measured before export.
@@ -86,6 +88,7 @@ class Manifest(_Strict):
     embedder: EmbedderEntry | None
     spec: SpecEntry
     parents: dict[str, str]
+    split: dict[str, Any] = {}
     files: dict[str, str]
     fit_report: dict[str, Any] | None
     metrics: dict[str, Any]
@@ -98,6 +101,7 @@ def save_artifact(
     *,
     spec: MoESpec,
     parents: Mapping[str, str],
+    split: Mapping[str, Any] | None = None,
     fit_report: FitReport | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -108,6 +112,7 @@ def save_artifact(
         path: The artifact's folder.
         spec: The MoE it is for; may know more (fingerprint, sizes) than the traces did.
         parents: Digest of each input by name.
+        split: As of `Manifest`.
         fit_report: What fitting found.
         metrics: Plain values.
 
@@ -137,6 +142,7 @@ def save_artifact(
             ),
             spec=SpecEntry(**spec.to_json()),
             parents=dict(parents),
+            split=dict(split or {}),
             files={file.name: sha256_file(file) for file in sorted(folder.iterdir())},
             fit_report=None if fit_report is None else asdict(fit_report),
             metrics=dict(metrics or {}),

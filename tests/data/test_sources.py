@@ -14,9 +14,10 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from data.errors import DamagedFileError, MalformedInputError
-from data.schema import Prompt
+from data.schema import Prompt, TraceList
 from data.sources import SOURCES, Hub, Jsonl, PromptSource, SharedPrompts, Stdlib, TraceFile
 from data.sources.base import spread
+from data.sources.trace import redraw
 
 ROOT = Path(__file__).resolve().parents[2]
 REVISION = "a" * 40
@@ -343,6 +344,31 @@ def test_a_whole_topic_can_be_held_out(two_domains: Path) -> None:
     split = held_out.load().split
     assert {name for name in split if split[name] == "test"} == {"1", "3", "5", "7", "9"}
     assert held_out.digest != plain.digest
+
+
+def test_another_seed_draws_another_split_and_has_another_digest(two_domains: Path) -> None:
+    sources = [TraceFile(path=str(two_domains), split_seed=seed) for seed in range(6)]
+    assert len({source.digest for source in sources}) == 6
+    splits = [source.load().split for source in sources]
+    assert all(Counter(split.values()) == {"fit": 7, "val": 1, "test": 2} for split in splits)
+    assert len({tuple(split.items()) for split in splits}) > 1
+    again = TraceFile(path=str(two_domains), split_seed=3)
+    assert (again.load().split, again.digest) == (splits[3], sources[3].digest)
+
+
+def test_the_way_a_split_was_drawn_is_enough_to_draw_it_again(two_domains: Path) -> None:
+    """An artifact keeps it, so that its test requests are found again in the bare file."""
+    own = TraceFile(path=str(two_domains))
+    assert own.split == {}
+    drawn = TraceFile(path=str(two_domains), split_seed=2, test_topics=["law"])
+    traces = own.load()
+    assert isinstance(traces, TraceList)
+    assert redraw(traces, **drawn.split).digest == drawn.digest
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="split_seed=-1"):
+        TraceFile(path="gptoss20b", split_seed=-1)
 
 
 # --- configuration ---
