@@ -49,7 +49,7 @@ from predictors.base import FitReport, Predictor
 from predictors.fit.jobs import JOB_FILE, job_record
 from predictors.fit.report import format_table, summary_rows, write_html, write_plots
 from predictors.fit.tracking import Tracker
-from predictors.metrics import experts_per_layer_of
+from predictors.prefetch_budget import experts_per_layer_of
 from predictors.registry import PREDICTORS, predictor_class
 from runtime.evaluate import (
     JudgeSettings,

@@ -7,9 +7,7 @@
 - **Lookahead h**: the ranking made before token t, judged against token t - 1 + h. At h = 1 the
   ranking is `next_LE`; further ahead it is `forecast_LE`, which is what a planner would read.
   Rows near the end of a trace have no token so far ahead, so the denominator shrinks with h.
-- **Prefetch**: what fetching the n experts of every layer that `next_LE` ranks highest, ahead of
-  each token, would move: issued, used, wasted (issued and not used), coverage (used / needed). Each
-  token fetches anew, whatever a cache may still hold: an upper bound of what is moved.
+- **Prefetch** and its waste: `predictors.prefetch_budget`.
 - **Reliability**: entries of `next_LE` grouped by what they say, against how often it came true.
   Denominator: entries of tokens that had a forecast.
 
@@ -31,92 +29,12 @@ import torch
 from data.errors import SpecMismatchError
 from data.schema import MoESpec, Split, Trace, TraceSet
 from predictors.base import Forecast, Predictor
+from predictors.prefetch_budget import Prefetch, sized_spec
+from predictors.reliability import Reliability, ReliabilityCount
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 
 LOOKAHEADS = (1, 2, 4, 8)
 _BATCH = 256  # forecasts ranked at once: bounds memory, about 6 MB at 24 x 32 experts
-
-
-@dataclass(frozen=True, slots=True)
-class Reliability:
-    """What was said against what came true, in equal bins of [0, 1].
-
-    Attributes:
-        num_entries: int64 per bin: (token, layer, expert) entries of `next_LE`.
-        said: Mean of the entries of each bin; NaN where there is none.
-        came_true: Share of them that was used; NaN where there is none.
-    """
-
-    num_entries: npt.NDArray[np.int64]
-    said: npt.NDArray[np.float64]
-    came_true: npt.NDArray[np.float64]
-
-    @property
-    def expected_calibration_error(self) -> float:
-        """Mean |said - came true| over all entries, bin by bin; NaN without entries."""
-        used = self.num_entries > 0
-        gap = np.abs(self.said[used] - self.came_true[used])
-        total = int(self.num_entries.sum())
-        return float(gap @ self.num_entries[used] / total) if total else float("nan")
-
-
-class ReliabilityCount:
-    """Adds up `Reliability`, one batch of forecasts at a time.
-
-    Args:
-        num_bins: Equal bins of [0, 1].
-    """
-
-    def __init__(self, *, num_bins: int) -> None:
-        self._num_entries = np.zeros(num_bins)
-        self._said = np.zeros(num_bins)
-        self._used = np.zeros(num_bins)
-
-    def add(
-        self,
-        next_RLE: npt.NDArray[np.float32],
-        used_RLE: npt.NDArray[np.int32],
-        tokens_R: npt.NDArray[np.int64],
-    ) -> None:
-        """Count forecasts that were in force for ``tokens_R`` tokens, used ``used_RLE`` times."""
-        num_bins = len(self._used)
-        bins = np.clip((next_RLE * num_bins).astype(np.int32), 0, num_bins - 1).ravel()
-        entries = np.broadcast_to(tokens_R[:, None, None], next_RLE.shape).ravel()
-        self._num_entries += np.bincount(bins, entries, num_bins)
-        self._said += np.bincount(bins, entries * next_RLE.ravel(), num_bins)
-        self._used += np.bincount(bins, used_RLE.ravel(), num_bins)
-
-    def result(self) -> Reliability:
-        """The bins so far."""
-        with np.errstate(invalid="ignore"):
-            said, came_true = self._said / self._num_entries, self._used / self._num_entries
-        return Reliability(self._num_entries.astype(np.int64), said, came_true)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefetch:
-    """What prefetching at one budget would move; the module docstring has the definitions.
-
-    Attributes:
-        experts_per_layer: n, fetched for each token in each layer.
-        issued: Experts fetched, over all tokens and layers.
-        used: Those of them that the token then used.
-        coverage: Used / experts that the judged tokens used.
-        issued_bytes_per_token: Over all judged tokens; None where the experts' sizes are not known.
-        wasted_bytes_per_token: The part of them that was not used.
-    """
-
-    experts_per_layer: int
-    issued: int
-    used: int
-    coverage: float
-    issued_bytes_per_token: float | None
-    wasted_bytes_per_token: float | None
-
-    @property
-    def wasted(self) -> int:
-        """Experts fetched and not used."""
-        return self.issued - self.used
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -341,65 +259,13 @@ class RecallTally:
         )
 
     def _prefetch(self, experts_per_layer: int) -> Prefetch:
-        spec, num_tokens = self._spec, self.num_tokens[1]
-        used_L = self._hits_LE[1][:, :experts_per_layer].sum(axis=-1)
-        issued_L = np.full(
-            spec.num_layers, (num_tokens - self._num_silent) * experts_per_layer, np.int64
-        )
-        issued_bytes = wasted_bytes = None
-        if spec.expert_bytes_per_layer is not None:
-            bytes_L = np.array(spec.expert_bytes_per_layer)
-            issued_bytes = float(issued_L @ bytes_L / num_tokens)
-            wasted_bytes = float((issued_L - used_L) @ bytes_L / num_tokens)
-        return Prefetch(
+        return Prefetch.of(
+            self._spec,
             experts_per_layer=experts_per_layer,
-            issued=int(issued_L.sum()),
-            used=int(used_L.sum()),
-            coverage=float(used_L.sum() / (num_tokens * spec.num_layers * spec.top_k)),
-            issued_bytes_per_token=issued_bytes,
-            wasted_bytes_per_token=wasted_bytes,
+            used_L=self._hits_LE[1][:, :experts_per_layer].sum(axis=-1),
+            num_tokens=self.num_tokens[1],
+            num_tokens_without_forecast=self._num_silent,
         )
-
-
-def sized_spec(spec: MoESpec, other: MoESpec) -> MoESpec:
-    """The one of two matching specs that knows the experts' sizes; the first if both or neither."""
-    return other if spec.expert_bytes_per_layer is None and other.expert_bytes_per_layer else spec
-
-
-def experts_per_layer_of(
-    spec: MoESpec, *, experts: int | None = None, bytes_per_token: int | None = None
-) -> int:
-    """A prefetch budget as the n of `Prefetch`: K unless told otherwise.
-
-    Args:
-        spec: The model's MoE.
-        experts: n itself, 1..min(3K, E).
-        bytes_per_token: Instead: what may be moved for one token, of all layers together.
-
-    Raises:
-        ValueError: Both are given, or one is out of range or cannot be told.
-    """
-    most = min(3 * spec.top_k, spec.num_experts)
-    if experts is not None and bytes_per_token is not None:
-        raise ValueError("give the prefetch budget in experts or in bytes, not both")
-    if bytes_per_token is not None:
-        if spec.expert_bytes_per_layer is None:
-            raise ValueError(
-                f"a prefetch budget in bytes needs the experts' sizes, and the traces of "
-                f"{spec.describe()} do not say them: give it in experts"
-            )
-        per_expert = sum(spec.expert_bytes_per_layer)
-        if bytes_per_token < per_expert:
-            raise ValueError(
-                f"a prefetch budget of {bytes_per_token} bytes a token is less than one expert in "
-                f"each layer, {per_expert}"
-            )
-        return min(most, bytes_per_token // per_expert)
-    if experts is None:
-        return spec.top_k
-    if not 1 <= experts <= most:
-        raise ValueError(f"a prefetch budget of {experts} experts a layer: must be in 1..{most}")
-    return experts
 
 
 class _UseCount:

@@ -22,7 +22,8 @@ from data.errors import SpecMismatchError
 from data.schema import SPLITS, Split, Trace, TraceList, TraceSet
 from predictors.base import Predictor, Walked
 from predictors.cost import measure_stream, num_parameters
-from predictors.metrics import RecallTally, sized_spec
+from predictors.metrics import RecallTally
+from predictors.prefetch_budget import sized_spec
 from predictors.routing import mean_use_LE
 from runtime.budget import slots_at
 from runtime.policies import POLICIES, make_policy

@@ -1,6 +1,7 @@
 """One artifact on one trace set: which of its requests may be judged, and all that is measured.
 
-The command is ``python -m predictors.evaluate``; this is what it joins.
+The command is ``python -m predictors.evaluate``; this is what it joins. Traces are known again by
+their digest: a copy of some of the fitted requests in another file is not, and is judged whole.
 """
 
 import logging
@@ -17,7 +18,7 @@ from data.importers import load_traces
 from data.schema import TraceList, TraceSet
 from data.sources.trace import redraw
 from predictors.artifact import Manifest, artifact_digest, load_artifact, read_manifest
-from predictors.metrics import experts_per_layer_of, sized_spec
+from predictors.prefetch_budget import experts_per_layer_of, sized_spec
 from runtime.evaluate import (
     Judged,
     JudgeSettings,
@@ -105,6 +106,7 @@ def judge_artifact(
         "prefetch": prefetch,
         "prefetch_curve": report["prefetch"],
         "us_per_token": cost["us_per_token"],
+        "us_per_token_gpu": cost["us_per_token_gpu"],
         "cost": {**cost, "fit_s": (manifest.fit_report or {}).get("fit_s")},
         "digests": {
             "artifact": artifact_digest(artifact),

@@ -5,7 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
+from conf.leaderboard import LeaderboardCallback
+from predictors.fit.jobs import JOB_FILE, job_record
 from tests.test_train import SMALL, train
 
 
@@ -76,3 +79,63 @@ def test_each_job_is_a_tracked_run_of_its_own(swept: tuple[Path, str, str]) -> N
     outputs, _, _ = swept
     runs = [list(job.glob("wandb/offline-run-*")) for job in outputs.glob("sweeps/*/*/[0-9]*")]
     assert [len(found) for found in runs] == [1] * 4
+
+
+def test_a_sweep_in_which_nothing_ran_fails_and_says_why(tmp_path: Path) -> None:
+    result = train(
+        tmp_path / "outputs",
+        "source=jsonl",
+        "source.path=/no/such/file",
+        "predictor=popularity,none",
+        "--multirun",
+    )
+    assert result.returncode == 1
+    assert result.stdout.count("/no/such/file") >= 2
+    assert "Traceback" not in result.stdout + result.stderr
+
+
+def end_sweep(folder: Path, *failures: Exception | None) -> None:
+    for number, failure in enumerate(failures):
+        record = job_record(
+            number=number,
+            overrides=[f"predictor=p{number}"],
+            predictor=f"p{number}",
+            seed=0,
+            summary={},
+            failure=failure,
+        )
+        (folder / str(number)).mkdir()
+        (folder / str(number) / JOB_FILE).write_text(json.dumps(record))
+    config = OmegaConf.create({"hydra": {"sweep": {"dir": str(folder)}}})
+    LeaderboardCallback().on_multirun_end(config)
+
+
+@pytest.mark.parametrize("failures", [[ValueError("no routers")], [None, KeyError("a bug")]])
+def test_a_failed_sweep_has_code_1(tmp_path: Path, failures: list[Exception | None]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        end_sweep(tmp_path, *failures)
+    assert stopped.value.code == 1
+    assert (tmp_path / "leaderboard.html").exists()
+
+
+def test_a_job_that_failed_by_its_inputs_does_not_fail_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_sweep(tmp_path, None, ValueError("no routers"))
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["failed"] == [{"label": "p1", "seed": 0, "reason": "no routers"}]
+
+
+def test_another_commands_multirun_has_no_board(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    end_sweep(tmp_path)
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_board_that_cannot_be_made_is_an_error_and_not_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / JOB_FILE).write_text("{}")
+    with pytest.raises(SystemExit):
+        end_sweep(tmp_path)

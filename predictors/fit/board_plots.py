@@ -88,8 +88,8 @@ _FIGURES: Mapping[str, _Figure] = {
     ),
     "pareto": _Figure(
         "What a closed gap costs",
-        "Filled marks on the dashed line are the Pareto front: nothing here is both cheaper and "
-        "better.",
+        "Filled marks on the dashed line are the Pareto front: nothing is both cheaper and better. "
+        "It starts from LFRU, which closes nothing and costs nothing.",
         _gains,
         replay.draw_pareto,
     ),

@@ -52,13 +52,13 @@ def draw_hit_ratio(board: Board, rows: Sequence[Row], colours: Colours) -> Figur
             "ls": ":" if row.is_bound else "-",
         }
         left.plot(x, hits, **style)
-        right.plot(x, np.maximum(gaps, _WORST_GAP), **style)
+        right.plot(x, gaps, **style)
         if np.isfinite(gaps[-1]):
             below = gaps[-1] < _WORST_GAP
             text = f"{row.label} ({gaps[-1]:.0f} %)" if below else row.label
             y = max(gaps[-1], _WORST_GAP)
             labels.append(Label(x[-1], y, ("↓ " if below else "") + text, colours[row.label]))
-    lowest = min(label.y for label in labels)
+    lowest = min(label.y for label in labels)  # lines below it leave the frame
     right.set_ylim(lowest - 6, 106)
     for axes in (left, right):
         axes.set_xticks(x, [f"{value:.0f} %" for value in x])
@@ -168,7 +168,7 @@ def draw_pareto(board: Board, rows: Sequence[Row], colours: Colours) -> Figure:
     shown = np.maximum(gaps, worst)
     for axes, x in zip(panels, costs.values(), strict=True):
         order = np.argsort(x, kind="stable")
-        best = -np.inf
+        best = 0.0  # LFRU costs nothing: what closes no gap is not worth its cost
         front: list[int] = []
         for i in order:
             if shown[i] > best:
@@ -177,8 +177,8 @@ def draw_pareto(board: Board, rows: Sequence[Row], colours: Colours) -> Figure:
         axes.set_xscale("log")
         axes.set_xlim(x.min() / 1.8, x.max() * 1.8)
         axes.step(
-            [*x[front], x.max() * 1.8],
-            [*shown[front], shown[front[-1]]],
+            [x.min() / 1.8, *x[front], x.max() * 1.8],
+            [0.0, *shown[front], best],
             where="post",
             color=MUTED,
             lw=1.2,
@@ -204,11 +204,10 @@ def draw_pareto(board: Board, rows: Sequence[Row], colours: Colours) -> Figure:
     panels[1].set(xlabel="parameters", title="Cost in memory")
     panels[0].annotate(
         "LFRU",
-        (1, 0),
-        (-4, 3),
+        (0, 0),
+        (4, 3),
         xycoords=("axes fraction", "data"),
         textcoords="offset points",
-        ha="right",
         fontsize=8,
         color=MUTED,
     )

@@ -10,10 +10,12 @@ import torch
 from data.errors import SpecMismatchError
 from data.schema import TraceList
 from predictors.base import Forecast
-from predictors.metrics import ReliabilityCount, evaluate_recall, experts_per_layer_of
+from predictors.metrics import evaluate_recall
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
+from predictors.prefetch_budget import experts_per_layer_of
+from predictors.reliability import ReliabilityCount
 from predictors.semantic import Semantic
 from tests.predictors.fakes import (
     SPEC,
