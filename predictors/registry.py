@@ -9,6 +9,7 @@ from predictors.base import Predictor
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
+from predictors.forecaster import Forecaster
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
@@ -16,7 +17,7 @@ from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic)
+    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, Forecaster)
 }
 EMBEDDERS: dict[str, type[Embedder]] = {
     cls.kind: cls for cls in (SentenceEmbedder, TokenMeanEmbedder)

@@ -1,4 +1,4 @@
-"""The embedded model's card, written from the metrics of the run that made it.
+"""A trained model's card, written from the metrics of the run that made it.
 
 Knows the layout of `metrics.json` and the licences of the texts; it measures nothing.
 """
@@ -32,16 +32,17 @@ _FRONT_MATTER = """---
 license: apache-2.0
 library_name: transformers
 pipeline_tag: text-generation
-tags: [mixture-of-experts, qwen3_moe]
+tags: [mixture-of-experts, {topology}]
 ---"""
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from data.tiny_moe import TINY_MOE_DIR
-
-model = AutoModelForCausalLM.from_pretrained(TINY_MOE_DIR)
-tokenizer = AutoTokenizer.from_pretrained(TINY_MOE_DIR)
+{import_line}
+model = AutoModelForCausalLM.from_pretrained({folder})
+tokenizer = AutoTokenizer.from_pretrained({folder})
 ```"""
+
+_ARCHITECTURES = {"qwen3_moe": "Qwen3-MoE", "olmoe": "OLMoE"}
 
 _LAYER_COLUMNS = {
     "min share": "min_share_of_even",
@@ -61,15 +62,17 @@ def render_card(metrics: dict[str, Any]) -> str:
     Args:
         metrics: What the recipe measured, as in `metrics.json`.
     """
-    parts = [_FRONT_MATTER, *_what(metrics), *_how(metrics), *_domains(metrics)]
+    front_matter = _FRONT_MATTER.format(topology=_topology(metrics))
+    parts = [front_matter, *_what(metrics), *_how(metrics), *_domains(metrics)]
     parts += [*_routing(metrics), *_samples(metrics), *_licences(metrics)]
     return "\n\n".join(parts) + "\n"
 
 
 def _what(metrics: dict[str, Any]) -> list[str]:
-    config = metrics["config"]
+    config, topology = metrics["config"], _topology(metrics)
     text = _paragraph(
-        "A small trained mixture of experts in the stock Qwen3-MoE architecture:",
+        "A small trained mixture of experts in the stock",
+        f"{_ARCHITECTURES[topology]} architecture:",
         f"{config['num_hidden_layers']} layers of {config['num_experts']} experts,",
         f"top-{config['num_experts_per_tok']}, {metrics['parameters'] / 1e6:.1f} M parameters in",
         "bfloat16, with its own byte-level BPE tokenizer and chat template. It exists so that",
@@ -77,7 +80,11 @@ def _what(metrics: dict[str, Any]) -> list[str]:
         "writes text in the manner of its training data; it knows nothing, must not be asked for",
         "facts, and repeats itself when it decodes greedily for long.",
     )
-    return ["# Tiny MoE", text, _USE]
+    if topology == "qwen3_moe":
+        import_line, folder = "from data.tiny_moe import TINY_MOE_DIR\n", "TINY_MOE_DIR"
+        return ["# Tiny MoE", text, _USE.format(import_line=import_line, folder=folder)]
+    title = f"# Tiny MoE, {_ARCHITECTURES[topology]} topology"
+    return [title, text, _USE.format(import_line="", folder='"OUT"')]
 
 
 def _how(metrics: dict[str, Any]) -> list[str]:
@@ -145,7 +152,20 @@ def _routing(metrics: dict[str, Any]) -> list[str]:
         "of the training mixture, and the most popular ones of the text's own domain. Experts",
         f"drawn at random would reach {config['num_experts_per_tok'] / num_experts:.3f}.",
     )
-    after = _paragraph(
+    return ["## Load balance and routing", before, table, _losses(targets)]
+
+
+def _losses(targets: dict[str, Any]) -> str:
+    """Say which losses shaped the routing."""
+    if targets["previous_token_recall"] is None:
+        return _paragraph(
+            "Beside a small z-loss, one loss shapes the routing of each layer: load balance over",
+            "the batch (Switch Transformer, Eqs 4-6). Its coefficient is at least",
+            f"{targets['least_balance_coef']} and rises while the least used expert gets less than",
+            f"{targets['min_share']} of an even share. Nothing pulls a token to the experts of its",
+            "neighbours.",
+        )
+    return _paragraph(
         "Two losses shape the routing of each layer, each as strong as its target needs: load",
         f"balance, until the least used expert gets {targets['min_share']} of an even share; and",
         f"locality (low entropy of expert usage within {targets['chunk']} tokens), until a token",
@@ -153,7 +173,6 @@ def _routing(metrics: dict[str, Any]) -> list[str]:
         "That lies between what real models show: 29% on a DeepSeek-V2-Lite architecture, 43% on",
         "gpt-oss-20b.",
     )
-    return ["## Load balance and routing", before, table, after]
 
 
 def _samples(metrics: dict[str, Any]) -> list[str]:
@@ -176,6 +195,11 @@ def _licences(metrics: dict[str, Any]) -> list[str]:
     )
     rows = [(name, LICENCES.get(name, _UNKNOWN_LICENCE)) for name in metrics["domains"]]
     return ["## Texts and licences", text, _table(("domain", "texts and licence"), rows)]
+
+
+def _topology(metrics: dict[str, Any]) -> str:
+    """The topology that was trained; `recipe` holds what differs from the recipe's defaults."""
+    return str(metrics["recipe"].get("topology", "qwen3_moe"))
 
 
 def _argument(value: object) -> str:

@@ -1,4 +1,4 @@
-"""What the embedded model learned: held-out loss per domain and the statistics of its routing.
+"""What a trained model learned: held-out loss per domain and the statistics of its routing.
 
 Everything here is computed from the weights as saved. Letters as in `routing`, plus M domains,
 N windows.
@@ -9,9 +9,9 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import Qwen3MoeForCausalLM
 
 from data.tiny_moe.routing import RouterTap
+from data.tiny_moe.topology import MoECausalLM
 
 Metrics = dict[str, object]
 
@@ -21,7 +21,7 @@ DEAD_BELOW = 0.1
 
 @torch.no_grad()
 def run_windows(
-    model: Qwen3MoeForCausalLM, ids_NT: np.ndarray, *, batch_size: int
+    model: MoECausalLM, ids_NT: np.ndarray, *, batch_size: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run windows of tokens through the model.
 
@@ -51,7 +51,7 @@ def windows(stream: np.ndarray, *, seq_len: int, most: int) -> np.ndarray:
 
 
 def evaluate(
-    model: Qwen3MoeForCausalLM,
+    model: MoECausalLM,
     *,
     names: list[str],
     held_out: list[np.ndarray],

@@ -2,6 +2,10 @@
 
     python -m data.tiny_moe.recipe corpora=DIR out=DIR [steps=7500] [smoke=true] ...
 
+The same command trains a larger model, as a testbed for predictors that look layers ahead:
+
+    python -m data.tiny_moe.recipe corpora=DIR out=DIR topology=olmoe locality=false ...
+
 Every field of `Recipe` is an argument. `smoke=true` runs the whole way on a small part of the
 texts, in about a minute on a CPU. One GPU is used where there is one.
 """
@@ -26,8 +30,6 @@ from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedTokenizerFast,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from data.errors import OutputExistsError
@@ -40,9 +42,10 @@ from data.tiny_moe.corpus import (
     tokenizer_sample,
 )
 from data.tiny_moe.evaluate import evaluate
-from data.tiny_moe.router_loss import RouterTargets
+from data.tiny_moe.router_loss import USUAL_BALANCE_COEF, RouterTargets
 from data.tiny_moe.routing import DENSE_EXPERTS
 from data.tiny_moe.tokenizer import END, token_num_bytes, train_tokenizer
+from data.tiny_moe.topology import TOPOLOGIES, MoECausalLM
 from data.tiny_moe.training import TrainSettings, train
 
 logger = logging.getLogger(__name__)
@@ -63,6 +66,10 @@ class Recipe:
     Attributes:
         corpora: Folder of `<domain>.jsonl.zst` files with `{"id", "text"}` lines.
         out: Folder to create.
+        topology: Architecture and sizes: `qwen3_moe`, the embedded model, or `olmoe`.
+        locality: Pull at the routers until tokens share experts with their neighbours, as large
+            models do by themselves; false leaves only load balancing, as in ordinary training,
+            never weaker than is usual there.
         steps: Optimizer steps.
         batch_size: Sequences per step.
         seq_len: Tokens per sequence.
@@ -77,12 +84,15 @@ class Recipe:
         compile_layers: Use torch.compile for the decoder layers.
         eval_windows: Windows per domain in the evaluation, at most.
         sample_tokens: Length of the continuations shown in the card.
+        max_shard_mb: Largest file of weights, in 10⁶ bytes; more are split.
         seed: Of initialisation and sampling.
         smoke: Replace the sizes by small ones.
     """
 
     corpora: Path
     out: Path
+    topology: str = "qwen3_moe"
+    locality: bool = True
     steps: int = 7500
     batch_size: int = 32
     seq_len: int = 2048
@@ -97,11 +107,14 @@ class Recipe:
     compile_layers: bool = False
     eval_windows: int = 32
     sample_tokens: int = 80
+    max_shard_mb: int = 5000
     seed: int = 0
     smoke: bool = False
 
     def __post_init__(self) -> None:
-        """Check the sizes."""
+        """Check the topology and the sizes."""
+        if self.topology not in TOPOLOGIES:
+            raise ValueError(f"topology={self.topology!r} is not one of {sorted(TOPOLOGIES)}")
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type is int and field.name not in ("max_chars", "seed") and value < 1:
@@ -143,29 +156,6 @@ def parse_arguments(arguments: Sequence[str]) -> Recipe:
     return Recipe(**values)
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3MoeConfig:
-    """The architecture: 8 layers of 32 experts, top-4, 9 M parameters at a vocabulary of 4096."""
-    return Qwen3MoeConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=tokenizer.model_max_length,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=True,
-        num_experts=32,
-        num_experts_per_tok=4,
-        moe_intermediate_size=32,
-        norm_topk_prob=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-
-
 def run(recipe: Recipe) -> dict[str, Any]:
     """Run the whole recipe and return what `metrics.json` of the new folder holds.
 
@@ -200,13 +190,16 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
-    model = Qwen3MoeForCausalLM(tiny_config(tokenizer)).to(device)
+    model = TOPOLOGIES[recipe.topology](tokenizer).to(device)
     model.set_experts_implementation(DENSE_EXPERTS)
     shared = {field.name for field in dataclasses.fields(TrainSettings)}
     settings = TrainSettings(
         **{key: value for key, value in dataclasses.asdict(recipe).items() if key in shared}
     )
-    report = train(model, streams, weights, settings, RouterTargets())
+    targets = RouterTargets()
+    if not recipe.locality:
+        targets = RouterTargets(previous_token_recall=None, least_balance_coef=USUAL_BALANCE_COEF)
+    report = train(model, streams, weights, settings, targets)
     logger.info("trained %d tokens in %.0f s", report.tokens, report.seconds)
 
     torch.set_float32_matmul_precision("highest")
@@ -216,7 +209,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END)],
         )
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(torch.bfloat16).save_pretrained(folder, max_shard_size=f"{recipe.max_shard_mb}MB")
         tokenizer.save_pretrained(folder)
         shipped = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
         shipped.set_experts_implementation(DENSE_EXPERTS)
@@ -231,7 +224,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
             "versions": _versions(),
             "prepare_s": prepare_s,
             "training": dataclasses.asdict(report),
-            "router_targets": dataclasses.asdict(RouterTargets()),
+            "router_targets": dataclasses.asdict(targets),
             "mixture": _mixture(names, streams, weights, report.tokens),
             "sampling": SAMPLING,
             "samples": sample_texts(shipped, tokenizer, num_tokens=recipe.sample_tokens),
@@ -254,7 +247,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
 
 
 def sample_texts(
-    model: Qwen3MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, *, num_tokens: int
+    model: MoECausalLM, tokenizer: PreTrainedTokenizerFast, *, num_tokens: int
 ) -> list[dict[str, str]]:
     """Continue each sample prompt greedily and sampled; one row per prompt and way."""
     chat = tokenizer.apply_chat_template(

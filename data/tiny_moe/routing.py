@@ -1,8 +1,8 @@
-"""Routing of the embedded model while it trains: a tap on its routers, a fast experts forward.
+"""Routing of a model while it trains: a tap on its routers, a fast experts forward.
 
 Letters: T tokens, L layers, E experts, K experts per token, D hidden, F expert inner size, X what
 is left flat.
-Knows the module layout of Qwen3-MoE in transformers, nothing of texts.
+Knows the module layout that the topologies share in transformers, nothing of texts.
 """
 
 from types import TracebackType
@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import Qwen3MoeForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from data.tiny_moe.topology import MoECausalLM
 
 DENSE_EXPERTS = "tiny_moe_dense"
 """Name under which `dense_experts` is registered as an experts implementation."""
@@ -26,12 +27,13 @@ def dense_experts(
 ) -> torch.Tensor:
     """Run all experts as one wide MLP, with routing weight 0 for those not chosen.
 
-    The same function as the stock forward. At E·F = K·D (here 32·32 = 4·256) its intermediates
-    are no larger than K gathered copies of each token, and it needs no sort, no scatter and no
-    matrix product with 32 columns.
+    The same function as the stock forward. At E·F = K·D (32·32 = 4·256 in `qwen3_moe`, 64·32 =
+    8·256 in `olmoe`) its intermediates are no larger than K gathered copies of each token, and it
+    needs no sort, no scatter and no matrix product with 32 columns.
 
     Args:
-        self: A `Qwen3MoeExperts` module (`gate_up_proj` `[E, 2F, D]`, `down_proj` `[E, D, F]`).
+        self: A `Qwen3MoeExperts` or `OlmoeExperts` module (`gate_up_proj` `[E, 2F, D]`,
+            `down_proj` `[E, D, F]`).
         hidden_states: `[T, D]`.
         top_k_index: `[T, K]` expert ids.
         top_k_weights: `[T, K]` routing weights.
@@ -60,7 +62,7 @@ class RouterTap:
     the chosen ids differs between transformers releases.
     """
 
-    def __init__(self, model: Qwen3MoeForCausalLM) -> None:
+    def __init__(self, model: MoECausalLM) -> None:
         """Name the model to listen to; nothing is attached before `with`."""
         self._routers = [layer.mlp.gate for layer in model.model.layers]
         self._handles: list[Any] = []

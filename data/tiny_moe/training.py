@@ -1,4 +1,4 @@
-"""Training loop of the embedded model: token streams in, trained weights out.
+"""Training loop of the recipe: token streams in, trained weights out.
 
 Knows nothing of files, domains' names or the tokenizer.
 """
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
-from transformers import Qwen3MoeForCausalLM
 
 from data.tiny_moe.router_loss import RouterLoss, RouterTargets
 from data.tiny_moe.routing import RouterTap
+from data.tiny_moe.topology import MoECausalLM
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,8 @@ class TrainSettings:
         peak_lr: Learning rate after warm-up; falls linearly to 0.
         warmup: Share of the run that warms up.
         weight_decay: On matrices other than embeddings and routers.
-        max_seconds: The schedule is cut short so that training ends by then; 0 means no limit.
+        max_seconds: The schedule is cut short so that training ends by then; 0 means no limit. It
+            runs from the end of the first step, which compiles: a warm-up must not pass in that.
         compile_layers: Run the decoder layers through torch.compile.
         seed: Of batch sampling.
     """
@@ -51,16 +52,20 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainReport:
-    """How the run went, with a row of the curve for every hundredth of it."""
+    """How the run went, with a row of the curve for every hundredth of it.
+
+    `seconds` is all of it, `first_step_s` the part that the first step took, with compilation.
+    """
 
     steps: int
     tokens: int
     seconds: float
+    first_step_s: float
     curve: list[dict[str, float]]
 
 
 def train(
-    model: Qwen3MoeForCausalLM,
+    model: MoECausalLM,
     streams: list[np.ndarray],
     weights: np.ndarray,
     settings: TrainSettings,
@@ -106,7 +111,7 @@ def train(
     curve: list[dict[str, float]] = []
     log_every = max(1, settings.steps // 100)
     started = time.perf_counter()
-    step, progress = 0, 0.0
+    step, progress, first_step_s = 0, 0.0, 0.0
     with RouterTap(model) as tap, tqdm(total=settings.steps, unit="step") as bar:
         while progress < 1.0:
             lr = settings.peak_lr * _lr_factor(progress, settings)
@@ -133,16 +138,23 @@ def train(
                 bar.set_postfix({key: f"{value:.3g}" for key, value in row.items()})
             step += 1
             bar.update()
+            elapsed_s = time.perf_counter() - started
+            first_step_s = first_step_s or elapsed_s
             progress = step / settings.steps
-            if settings.max_seconds:
-                progress = max(progress, (time.perf_counter() - started) / settings.max_seconds)
+            if 0 < settings.max_seconds <= elapsed_s:
+                progress = 1.0
+            elif settings.max_seconds:
+                timed = (elapsed_s - first_step_s) / (settings.max_seconds - first_step_s)
+                progress = max(progress, timed)
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
     if step < settings.steps:
         logger.warning("stopped after %d of %d steps: time limit", step, settings.steps)
     tokens = step * settings.batch_size * settings.seq_len
-    return TrainReport(steps=step, tokens=tokens, seconds=seconds, curve=curve)
+    return TrainReport(
+        steps=step, tokens=tokens, seconds=seconds, first_step_s=first_step_s, curve=curve
+    )
 
 
 def _batches(

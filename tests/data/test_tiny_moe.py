@@ -2,6 +2,7 @@
 
 import json
 import sysconfig
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,20 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
+from data.adapters import moe_layers, probs_kind, spec_of
+from data.collect import run as collect
 from data.errors import MalformedInputError, OutputExistsError
+from data.sources.jsonl import Jsonl
+from data.store import CollectSettings
 from data.tiny_moe import TINY_MOE_DIR
 from data.tiny_moe.card import render_card
 from data.tiny_moe.corpus import (
@@ -34,6 +46,7 @@ from data.tiny_moe.evaluate import (
 from data.tiny_moe.recipe import Recipe, parse_arguments, run
 from data.tiny_moe.router_loss import (
     Controller,
+    RouterLoss,
     RouterTargets,
     balance_loss_L,
     locality_loss_L,
@@ -95,6 +108,27 @@ def toy_model() -> Qwen3MoeForCausalLM:
             moe_intermediate_size=8,
             norm_topk_prob=True,
             tie_word_embeddings=True,
+        )
+    )
+
+
+def toy_olmoe(*, num_layers: int = 2) -> OlmoeForCausalLM:
+    torch.manual_seed(0)
+    return OlmoeForCausalLM(
+        OlmoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=8,
+            num_hidden_layers=num_layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=8,
+            num_experts_per_tok=2,
+            norm_topk_prob=False,
+            tie_word_embeddings=True,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
         )
     )
 
@@ -330,8 +364,9 @@ def test_small_domains_are_sampled_more_than_their_size_but_within_the_cap() -> 
 # Routing: losses, control and figures
 
 
-def test_the_tap_sees_what_the_routers_choose_and_leaves_nothing_behind() -> None:
-    toy = toy_model()
+@pytest.mark.parametrize("make", [toy_model, toy_olmoe])
+def test_the_tap_sees_what_the_routers_choose_and_leaves_nothing_behind(make) -> None:
+    toy = make()
     before = [set(vars(layer.mlp.gate)) for layer in toy.model.layers]
     with RouterTap(toy) as tap, torch.no_grad():
         toy(torch.arange(10)[None])
@@ -363,6 +398,39 @@ def test_a_controller_raises_what_is_below_target_and_lowers_what_is_above() -> 
     for _ in range(5):
         coef_L = controller.update(torch.tensor([0.0, 0.5, 1.0]))
     torch.testing.assert_close(coef_L, torch.tensor([1.2, 1.0, 0.9]))
+
+
+def test_load_balancing_does_not_fall_below_its_least_coefficient() -> None:
+    even_LTE = torch.eye(8).roll(1, 1)[None] + torch.eye(8)[None]
+    for least in (1e-4, 0.01):
+        router_loss = RouterLoss(
+            num_layers=1,
+            num_experts=8,
+            device=torch.device("cpu"),
+            targets=RouterTargets(previous_token_recall=None, least_balance_coef=least),
+        )
+        for _ in range(800):
+            router_loss(even_LTE, even_LTE.topk(2).indices[:, None])
+        assert router_loss.summary()["balance_coef"] == pytest.approx(least)
+
+
+def test_without_a_recall_target_neighbours_do_not_matter_to_the_router_loss() -> None:
+    def loss(recall: float | None, order_T: torch.Tensor) -> float:
+        targets = RouterTargets(previous_token_recall=recall, chunk=16)
+        router_loss = RouterLoss(
+            num_layers=1, num_experts=8, device=torch.device("cpu"), targets=targets
+        )
+        logits_LTE = logits_TE[order_T][None]
+        ids_LBTK = logits_LTE.topk(2).indices[:, None]
+        value = router_loss(logits_LTE, ids_LBTK).item()
+        assert ("locality_coef" in router_loss.summary()) == (recall is not None)
+        return value
+
+    torch.manual_seed(0)
+    logits_TE = 4 * torch.eye(8).repeat_interleave(16, 0) + torch.rand(128, 8)
+    sorted_T, mixed_T = torch.arange(128), torch.randperm(128)
+    assert loss(None, sorted_T) == pytest.approx(loss(None, mixed_T), abs=1e-6)
+    assert loss(0.38, sorted_T) < loss(0.38, mixed_T) - 1e-4
 
 
 def test_figures_of_a_route_that_can_be_counted_by_hand() -> None:
@@ -405,6 +473,42 @@ def test_training_lowers_the_loss_and_keeps_to_its_time_limit(caplog) -> None:
     assert "time limit" in caplog.text
 
 
+def test_a_first_step_that_compiles_does_not_use_up_the_warm_up() -> None:
+    toy = toy_model()
+    toy.set_experts_implementation(DENSE_EXPERTS)
+    first = toy.model.register_forward_pre_hook(lambda *_: (time.sleep(0.5), first.remove())[1])
+    limited = TrainSettings(
+        steps=150, batch_size=1, seq_len=16, warmup=0.5, max_seconds=1.5, peak_lr=1e-3
+    )
+    report = train(
+        toy, [np.arange(60, dtype=np.uint16)], np.ones(1), limited, RouterTargets(chunk=16)
+    )
+    assert 0.5 < report.first_step_s < report.seconds
+    assert report.curve[1]["lr"] < 0.2 * limited.peak_lr
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+def test_one_compiled_graph_serves_all_layers_under_the_tap() -> None:
+    toy = toy_olmoe(num_layers=12)  # torch gives up compiling a function after 8 versions of it
+    toy.set_experts_implementation(DENSE_EXPERTS)
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, _: list[torch.Tensor]):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    for layer in toy.model.layers:
+        layer.compile(backend=keep)
+    with RouterTap(toy) as tap:
+        for _ in range(2):
+            hidden_BTD = toy.model(torch.arange(10)[None], use_cache=False)[0]
+            torch.autograd.backward(hidden_BTD.sum() + tap.logits_LTE().sum())
+        assert tap.expert_ids_LTK().shape == (12, 10, 2)
+    assert len(graphs) == 1
+    assert all(layer.mlp.gate.weight.grad.any() for layer in toy.model.layers)
+
+
 def test_training_refuses_streams_and_sequences_that_do_not_fit() -> None:
     streams = [np.zeros(20, np.uint16)]
     with pytest.raises(ValueError, match="has 20 tokens, below 33"):
@@ -444,9 +548,54 @@ def test_the_recipe_makes_a_checkpoint_that_loads_and_has_learned(tmp_path: Path
         run(parse_arguments(arguments))
 
 
+def test_the_recipe_makes_an_olmoe_whose_routing_can_be_collected(tmp_path: Path) -> None:
+    corpora = write_stdlib_corpora(tmp_path / "corpora", chars=20_000)
+    out = tmp_path / "model"
+    arguments = [f"corpora={corpora}", f"out={out}", "topology=olmoe", "locality=false", "steps=1"]
+    arguments += ["batch_size=1", "seq_len=64", "vocab_size=300", "eval_windows=1"]
+    arguments += ["sample_tokens=1", "held_out_fraction=0.1", "max_shard_mb=13"]
+    metrics = run(parse_arguments(arguments))
+    assert metrics["config"] == {
+        "num_hidden_layers": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+    }
+    assert len(metrics["layers"]) == 16
+    assert "locality_coef" not in metrics["training"]["curve"][0]
+    shards = list(out.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert all(shard.stat().st_size < 14_000_000 for shard in shards)
+    card = " ".join((out / "README.md").read_text(encoding="utf-8").split())
+    assert "stock OLMoE architecture: 16 layers of 64 experts, top-8" in card
+    assert "Its coefficient is at least 0.01 and rises" in card
+    assert "Nothing pulls a token to the experts of its neighbours." in card
+    assert "TINY_MOE_DIR" not in card
+
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert type(loaded) is OlmoeForCausalLM
+    assert (len(moe_layers(loaded)), probs_kind(loaded)) == (16, "softmax")
+    spec = spec_of(loaded)
+    assert (spec.num_layers, spec.num_experts, spec.top_k) == (16, 64, 8)
+    assert (spec.hidden_size, spec.expert_intermediate_size) == (256, 32)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"text": "def f{number}(x):"}}\n' for number in range(3)))
+    store = collect(
+        model=str(out),
+        dtype="auto",
+        revision=None,
+        source=Jsonl(path=str(prompts)),
+        out=tmp_path / "store",
+        settings=CollectSettings(max_prompt_tokens=8, max_new_tokens=2, keep_router_probs=True),
+        device="cpu",
+    )
+    assert len(store) == 3
+    assert store[0].router_probs_TLE.shape == (store[0].num_tokens, 16, 64)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["corpora=a", "out=b", "topology=mixtral"], "topology='mixtral' is not one of"),
         (["corpora=a"], "missing out=DIR"),
         (["corpora=a", "out=b", "stepz=3"], "stepz=3.*steps"),
         (["corpora=a", "out=b", "steps"], "expected key=value"),

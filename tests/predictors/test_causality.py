@@ -9,15 +9,18 @@ import torch
 
 from data.schema import Trace
 from predictors.base import Forecast, Predictor, Request
+from predictors.forecaster import Forecaster
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.semantic import Semantic
 from tests.predictors.fakes import WordEmbedder, make_trace, random_traces
 
+QUIET = {"accelerator": "cpu", "precision": "32-true", "enable_progress_bar": False}
 MAKERS: dict[str, Callable[[], Predictor]] = {
     "popularity": Popularity,
     "previous_token": PreviousToken,
+    "forecaster": lambda: Forecaster(hidden_dim=16, epochs=1, trainer=QUIET),
     "semantic": lambda: Semantic(embedder=WordEmbedder()),
     "semantic as in the paper": lambda: Semantic(
         embedder=WordEmbedder(),
@@ -90,12 +93,12 @@ def test_interleaved_requests_say_what_each_would_alone(name: str) -> None:
     for t in range(4):
         for i, trace in enumerate(traces):
             map_LE = torch.from_numpy(trace.expert_map_LE(t, 4))
-            next_id = int(trace.topk_expert_ids_TLK[t + 1, 0, 0])
-            said[i].append(predictor.on_token(states[i], map_LE, next_token_id=next_id))
+            now, then = (int(token) for token in trace.topk_expert_ids_TLK[t : t + 2, 0, 0])
+            told = predictor.on_token(states[i], map_LE, token_id=now, next_token_id=then)
+            said[i].append(told)
     for i, trace in enumerate(traces):
-        assert all(
-            equal(a, b) for a, b in zip(said[i], predictor.walk(trace).forecasts, strict=True)
-        )
+        alone = Predictor.walk(predictor, trace).forecasts  # token by token, to the bit
+        assert all(equal(a, b) for a, b in zip(said[i], alone, strict=True))
 
 
 @pytest.mark.parametrize("name", MAKERS)

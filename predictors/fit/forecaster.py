@@ -1,0 +1,212 @@
+"""Trains the forecaster's network on recorded routing.
+
+What it learns: for every (token, layer, expert), how many tokens later the expert is used again.
+The requests of the split "fit" are laid end to end, as a cache sees them, so that an expert's next
+use may be in the next request. A request's own past, which is what the net reads, starts anew.
+
+Shape letters: N rows of all requests, each request's T tokens and one more · B rows of a batch ·
+L MoE layers · E experts per layer · R rows of a history · G discounts.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from data.schema import Trace
+from predictors.fit.training import TrainerSettings, make_trainer
+from predictors.forecaster_net import ForecasterNet
+from predictors.history import histories_of, tokens_read_N3
+
+logger = logging.getLogger(__name__)
+
+_NEVER = 30_000  # tokens until a use that does not come; every discount makes it 0
+
+
+class Examples(NamedTuple):
+    """All that is trained on. Row n is what is known before a token; row n + 1 what is after it.
+
+    Attributes:
+        past_NRLE: float16.
+        copies_NRLE: float16; zero in the row after a request's last token.
+        distance_NLE: int16, tokens until the next use, 1 for the token of this very row.
+        tokens_N3: int32, embedding rows.
+        examples_M: int64, the rows that belong to a token.
+    """
+
+    past_NRLE: Tensor
+    copies_NRLE: Tensor
+    distance_NLE: Tensor
+    tokens_N3: Tensor
+    examples_M: Tensor
+
+
+def examples_of(
+    traces: Sequence[Trace], popularity_LE: Tensor, top_k: int, token_rows: dict[int, int]
+) -> Examples:
+    """Examples from requests laid end to end.
+
+    Args:
+        traces: In the order in which a cache would see them.
+        popularity_LE: float32.
+        top_k: K.
+        token_rows: The embedding row of each known token id; all others share row ``len``.
+    """
+    past, copies, uses, tokens, is_example = [], [], [], [], []
+    for trace in traces:
+        past_RLE, copies_RLE, use_TLE = histories_of(trace, popularity_LE, top_k)
+        past.append(past_RLE.half())
+        copies.append(torch.cat([copies_RLE, torch.zeros_like(copies_RLE[:1])]).half())
+        uses.append(use_TLE)
+        tokens.append(tokens_read_N3(trace, token_rows))
+        is_example.append(torch.arange(len(past_RLE)) < len(use_TLE))
+    distances: list[Tensor] = []
+    distance_LE = torch.full(popularity_LE.shape, _NEVER, dtype=torch.int16)
+    for use_TLE in reversed(uses):
+        distances.append(distance_LE)
+        for use_LE in use_TLE.flip(0):
+            distance_LE = torch.where(use_LE, 1, (distance_LE + 1).clamp(max=_NEVER))
+            distances.append(distance_LE)
+    distances.reverse()
+    return Examples(
+        torch.cat(past),
+        torch.cat(copies),
+        torch.stack(distances),
+        torch.cat(tokens),
+        torch.cat(is_example).nonzero().flatten(),
+    )
+
+
+class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
+    """A network in training.
+
+    Args:
+        examples: What it is trained on; it moves to the trainer's device as a whole.
+        net: The sizes that `ForecasterNet` takes.
+        discounts: G of them.
+        learning_rate: The highest; it warms up over a tenth of the steps and falls as a cosine.
+        weight_decay: On matrices, but not on embeddings and on an expert's own terms.
+    """
+
+    def __init__(
+        self,
+        *,
+        examples: Examples,
+        net: dict[str, Any],
+        discounts: Sequence[float],
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.net = ForecasterNet(**net)
+        self.discounts = tuple(discounts)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        sample = examples.examples_M[:: max(1, len(examples.examples_M) // 4096)]
+        next_BLE, ahead_BLE, later_BLGE = self._targets(sample)
+        self.net.start_at(next_BLE.mean(0), ahead_BLE.mean(0), later_BLGE.mean(0))
+
+    def on_fit_start(self) -> None:
+        """Bring the examples to the device."""
+        self.examples = Examples(*(tensor.to(self.device) for tensor in self.examples))
+
+    def training_step(self, rows_B: Tensor) -> Tensor:
+        """Cross-entropy of all three outputs."""
+        past_NRLE, copies_NRLE = self.examples.past_NRLE, self.examples.copies_NRLE
+        copies_BRLE = copies_NRLE[rows_B].float()
+        before_BRLE, after_BRLE = (
+            torch.cat([past_NRLE[rows].float(), copies_BRLE], dim=1)
+            for rows in (rows_B, rows_B + 1)
+        )
+        said = self.net.before(before_BRLE, self.examples.tokens_N3[rows_B].long())
+        outputs = (said.next_BLE, said.ahead_BLE, self.net.after(said, after_BRLE))
+        losses = [
+            F.binary_cross_entropy_with_logits(output.float(), target)
+            for output, target in zip(outputs, self._targets(rows_B), strict=True)
+        ]
+        loss = torch.stack(losses).sum()
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with one cycle of the learning rate."""
+        plain = {"embedding.weight", "own_next_RLE", "own_ahead_RLE", "own_later_RLGE"}
+        decayed: list[Tensor] = []
+        free: list[Tensor] = []
+        for name, parameter in self.net.named_parameters():
+            (free if parameter.ndim < 2 or name in plain else decayed).append(parameter)
+        groups = [
+            {"params": decayed, "weight_decay": self.weight_decay},
+            {"params": free, "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.99), fused=True)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer,
+            self.learning_rate,
+            total_steps=int(self.trainer.estimated_stepping_batches) + 1,
+            pct_start=0.1,
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step"},
+        }
+
+    def _targets(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What next, ahead and later should have said, as probabilities."""
+        distance_NLE = self.examples.distance_NLE
+        before_BLE, after_BLE = distance_NLE[rows_B].float(), distance_NLE[rows_B + 1].float()
+        discounts_G1 = torch.tensor(self.discounts, device=before_BLE.device)[:, None]
+        return (
+            (before_BLE == 1).float(),
+            (discounts_G1 ** (before_BLE[:, :, None] - 1)).mean(2),
+            discounts_G1 ** (after_BLE[:, :, None] - 1),
+        )
+
+
+def fit_net(
+    examples: Examples,
+    *,
+    net: dict[str, Any],
+    discounts: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    seed: int,
+    trainer: TrainerSettings | None,
+) -> ForecasterNet:
+    """Train one network; returns it on the CPU, in eval mode.
+
+    Raises:
+        ValueError: The loss is not finite: the examples or the learning rate are at fault.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = ForecasterModule(
+            examples=examples,
+            net=net,
+            discounts=discounts,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+        )
+        rows: Any = examples.examples_M.tolist()
+        loader: DataLoader[int] = DataLoader(
+            rows,
+            batch_size=min(batch_size, len(examples.examples_M)),
+            shuffle=True,
+            drop_last=True,
+            collate_fn=torch.tensor,
+        )
+        runner = make_trainer(trainer, max_epochs=epochs)
+        runner.fit(module, loader)
+    loss = float(runner.callback_metrics["loss"])
+    if not np.isfinite(loss):
+        raise ValueError(f"training ended with loss {loss}: lower learning_rate={learning_rate}")
+    logger.info("trained for %d steps, loss %.4f", runner.global_step, loss)
+    return module.net.cpu().eval()

@@ -1,0 +1,243 @@
+"""A request's past as numbers: what the forecaster reads of everything that has been routed so far.
+
+Before each token there are `NUM_ROWS` numbers for every (layer, expert), in rows:
+
+    0     the last token's expert map, reduced to its K experts and renormalised, since traces of
+          other engines record no more than that
+    1     1 where the last token used the expert
+    2-5   moving averages of use, one for each of `DECAYS`; they start at popularity
+    6     `_AGE_SCALE` * log(1 + tokens since the last use)
+    7-8   copies: the use that followed earlier places of this request which ended in the same
+          tokens as it does now, at least one and at least two of them
+
+Rows 0 to 6 are the *past*, and change when a token is routed. Rows 7 and 8 are the *copies*, and
+change when the next token's id becomes known; without ids they are 0. Text repeats itself, and a
+phrase that comes back routes much as it did: with t the place at hand and j < t a place whose last
+``n`` tokens are the same, the copy is
+
+    sum over j, i of w_j * (1 - g) * g^(i-j-1) * use_i / (1 + sum of w_j),   j < i < t,
+
+with w_j = `_COPY_BASE` ** min(n, `_COPY_MAX_MATCH`). This is attention with fixed weights; nothing
+here is learned, and nothing looks past the token whose id is known.
+
+`History` goes token by token and is what serving runs; `histories_of` computes a whole trace at
+once and says the same. Both look back over `COPY_WINDOW` tokens for copies.
+
+Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · R rows ·
+W tokens in the window · P of them with weight.
+"""
+
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.errors import MoecastError
+from data.schema import Trace
+
+DECAYS: Final = (0.5, 0.8, 0.93, 0.98)
+NUM_PAST: Final = 3 + len(DECAYS)
+COPY_MIN_MATCH: Final = (1, 2)
+NUM_ROWS: Final = NUM_PAST + len(COPY_MIN_MATCH)
+COPY_WINDOW: Final = 1024
+NUM_TOKENS_READ: Final = 3  # the next token's id, the last one's and the one's before
+
+_COPY_DISCOUNT: Final = 0.9
+_COPY_BASE: Final = 4.0
+_COPY_MAX_MATCH: Final = 5
+_FIRST_AGE: Final = 60.0  # of an expert that this request has not used yet
+_AGE_SCALE: Final = 0.25  # brings a row's values to about 1, as the others' are
+_BLOCK: Final = 512  # tokens whose copies are computed at once
+
+_DECAYS_D11 = torch.tensor(DECAYS)[:, None, None]
+
+
+def top_k_map(expert_map_LE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Row 0 and row 1 of what follows a token, from its expert map (any leading dimensions)."""
+    probs_LK, ids_LK = expert_map_LE.topk(top_k, dim=-1)
+    probs_LK = probs_LK / probs_LK.sum(-1, keepdim=True).clamp_min(1e-9)
+    zeros_LE = torch.zeros_like(expert_map_LE)
+    return zeros_LE.scatter(-1, ids_LK, probs_LK), zeros_LE.scatter(-1, ids_LK, 1.0)
+
+
+def first_past_RLE(popularity_LE: Tensor) -> Tensor:
+    """The past of a request of which nothing has been routed: float32 [NUM_PAST, L, E]."""
+    past_RLE = torch.zeros(NUM_PAST, *popularity_LE.shape)
+    past_RLE[2:-1] = popularity_LE
+    past_RLE[-1] = _FIRST_AGE  # as a count of tokens; `as_rows` scales it
+    return past_RLE
+
+
+def next_past_RLE(past_RLE: Tensor, map_LE: Tensor, use_LE: Tensor) -> Tensor:
+    """The past once a token has been routed; also for one layer's [NUM_PAST, E] and [E]."""
+    decays = _DECAYS_D11 if map_LE.ndim == 2 else _DECAYS_D11[..., 0]
+    averages = decays * past_RLE[2:-1] + (1 - decays) * use_LE
+    age = torch.where(use_LE > 0, 0.0, past_RLE[-1] + 1)
+    return torch.cat([map_LE[None], use_LE[None], averages, age[None]])
+
+
+def as_rows(past_RLE: Tensor) -> Tensor:
+    """A past as the net reads it: ages on a logarithmic scale."""
+    age_1LE = _AGE_SCALE * past_RLE[-1:].log1p()
+    return torch.cat([past_RLE[:-1], age_1LE])
+
+
+class History:
+    """One request's past, token by token.
+
+    Args:
+        popularity_LE: float32, what is expected before anything has been routed.
+        top_k: K.
+    """
+
+    def __init__(self, popularity_LE: Tensor, top_k: int) -> None:
+        self._top_k = top_k
+        self._past_RLE = first_past_RLE(popularity_LE)
+        self._no_copies = torch.zeros(len(COPY_MIN_MATCH), *popularity_LE.shape)
+        self._copies_RLE = self._no_copies
+        self._uses_WJ = torch.zeros(0, popularity_LE.numel(), dtype=torch.bool)
+        self._ids_W = torch.zeros(0, dtype=torch.int64)
+        self._match_W = torch.zeros(0, dtype=torch.int64)
+
+    @property
+    def rows_RLE(self) -> Tensor:
+        """What is known before the next token is routed: float32 [NUM_ROWS, L, E]."""
+        return torch.cat([as_rows(self._past_RLE), self._copies_RLE])
+
+    def after_RE(self, layer: int, router_probs_E: Tensor) -> Tensor:
+        """One layer's rows once it has routed the token at hand; the history stays as it is."""
+        map_E, use_E = top_k_map(router_probs_E, self._top_k)
+        past_RE = next_past_RLE(self._past_RLE[:, layer], map_E, use_E)
+        return torch.cat([as_rows(past_RE), self._copies_RLE[:, layer]])
+
+    def add(
+        self, expert_map_LE: Tensor, *, token_id: int | None, next_token_id: int | None
+    ) -> None:
+        """A token has passed all layers; which one comes next may be known."""
+        map_LE, use_LE = top_k_map(expert_map_LE, self._top_k)
+        self._past_RLE = next_past_RLE(self._past_RLE, map_LE, use_LE)
+        # A token without an id matches nothing, not even another one.
+        known = torch.tensor([-1 if token_id is None else token_id])
+        self._ids_W = torch.cat([self._ids_W, known])[-COPY_WINDOW:]
+        self._uses_WJ = torch.cat([self._uses_WJ, use_LE.view(1, -1) > 0])[-COPY_WINDOW:]
+        self._look_up(next_token_id)
+
+    def _look_up(self, token_id: int | None) -> None:
+        window = len(self._ids_W)
+        if token_id is None:
+            self._match_W = torch.zeros(window, dtype=torch.int64)
+            self._copies_RLE = self._no_copies
+            return
+        # Places moved on by one, and out of the window at its far end.
+        before_W = torch.cat([torch.zeros(1, dtype=torch.int64), self._match_W])[-window:]
+        self._match_W = torch.where(self._ids_W == token_id, before_W + 1, 0)
+        weights_MW = _weights(self._match_W)
+        copied_MJ = _attend(weights_MW[:, None], self._uses_WJ)[:, 0]
+        self._copies_RLE = copied_MJ.view_as(self._no_copies)
+
+
+def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """All of a trace's histories at once.
+
+    Args:
+        trace: Any; without token ids its copies are 0.
+        popularity_LE: float32.
+        top_k: K.
+
+    Returns:
+        The past before each row, and after the last one, as rows: float32 [T + 1, NUM_PAST, L, E];
+        the copies before each row: float32 [T, len(COPY_MIN_MATCH), L, E]; and use, bool [T, L, E].
+
+    Raises:
+        MoecastError: A recorded probability is NaN or infinite.
+    """
+    num_experts = popularity_LE.shape[-1]
+    maps = [trace.expert_map_LE(t, num_experts) for t in range(trace.num_tokens)]
+    maps_TLE = torch.from_numpy(np.stack(maps)) if maps else popularity_LE[None][:0]
+    if not maps_TLE.isfinite().all():
+        raise MoecastError(f"request {trace.request_id!r}: router probabilities are not finite")
+    map_TLE, use_TLE = top_k_map(maps_TLE, top_k)
+    past_RLE = first_past_RLE(popularity_LE)
+    past = [as_rows(past_RLE)]
+    for map_LE, use_LE in zip(map_TLE, use_TLE, strict=True):
+        past_RLE = next_past_RLE(past_RLE, map_LE, use_LE)
+        past.append(as_rows(past_RLE))
+    copies_TMLE = torch.zeros(trace.num_tokens, len(COPY_MIN_MATCH), *popularity_LE.shape)
+    if trace.token_ids_P is not None and trace.num_tokens > 1:
+        first = trace.first_routed_position
+        ids_T = torch.from_numpy(
+            trace.token_ids_P[first : first + trace.num_tokens].astype(np.int64)
+        )
+        copies_TMJ = _copies_TMJ(ids_T, use_TLE.flatten(1) > 0)
+        copies_TMLE = copies_TMJ.view(*copies_TMJ.shape[:2], *popularity_LE.shape)
+    return torch.stack(past), copies_TMLE, use_TLE > 0
+
+
+def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:
+    """int32 [T + 1, 3]: the embedding rows read before each token, and after the last one.
+
+    The first token's id is not known when the first forecast is made.
+    """
+    unknown = len(token_rows)
+    rows_N3 = np.full((trace.num_tokens + 1, NUM_TOKENS_READ), unknown, np.int32)
+    if trace.token_ids_P is not None:
+        first = trace.first_routed_position
+        ids = trace.token_ids_P[first : first + trace.num_tokens].tolist()
+        row_T = np.array([token_rows.get(token, unknown) for token in ids], np.int32)
+        rows_N3[1:-1, 0] = row_T[1:]
+        for back in range(1, NUM_TOKENS_READ):
+            rows_N3[back:, back] = row_T[: trace.num_tokens + 1 - back]
+    return torch.from_numpy(rows_N3)
+
+
+def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
+    """Copies before every token but the first, whose id nobody tells in time."""
+    num_tokens = len(ids_T)
+    copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1])
+    match_W = torch.zeros(0, dtype=torch.int64)
+    for start in range(1, num_tokens, _BLOCK):
+        stop = min(start + _BLOCK, num_tokens)
+        low = max(0, start - COPY_WINDOW)
+        matches: list[Tensor] = []
+        for t in range(start, stop):
+            # The same steps as `History._look_up`, in columns low..stop of all places.
+            window = slice(max(0, t - COPY_WINDOW), t)
+            size = t - window.start
+            before_W = torch.cat([torch.zeros(1, dtype=torch.int64), match_W])[-size:]
+            match_W = torch.where(ids_T[window] == ids_T[t], before_W + 1, 0)
+            placed = torch.zeros(stop - low, dtype=torch.int64)
+            placed[window.start - low : t - low] = match_W
+            matches.append(placed)
+        weights_MBW = _weights(torch.stack(matches))
+        block = torch.arange(start, stop)[:, None] - torch.arange(low, stop)
+        copies_TMJ[start:stop] = _attend(weights_MBW, uses_TJ[low:stop], until=block > 0).transpose(
+            0, 1
+        )
+    return copies_TMJ
+
+
+def _weights(match_W: Tensor) -> Tensor:
+    """How much each place counts, for each of `COPY_MIN_MATCH`: float32 [M, ..., W]."""
+    weight_W = _COPY_BASE ** match_W.clamp(max=_COPY_MAX_MATCH).float()
+    rows = [torch.where(match_W >= least, weight_W, 0.0) for least in COPY_MIN_MATCH]
+    return torch.stack(rows)
+
+
+def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -> Tensor:
+    """What followed the weighted places: float32 [M, B, J].
+
+    Args:
+        weights_MBW: Of the places.
+        uses_WJ: bool, use at each place.
+        until: bool [B, W], places that have been routed; None for all.
+    """
+    # The last routed place has no successor yet, so it neither adds nor counts.
+    routed = torch.ones(weights_MBW.shape[1:], dtype=torch.bool) if until is None else until
+    has_next = torch.cat([routed[:, 1:], torch.zeros_like(routed[:, :1])], dim=1)
+    weights_MBW = weights_MBW * has_next
+    places_P = weights_MBW.flatten(0, 1).any(dim=0).nonzero().flatten()
+    steps_PW = torch.arange(len(uses_WJ)) - places_P[:, None] - 1
+    follow_PW = (1 - _COPY_DISCOUNT) * _COPY_DISCOUNT ** steps_PW.clamp(min=0) * (steps_PW >= 0)
+    spread_MBW = (weights_MBW[..., places_P] @ follow_PW) * routed
+    return spread_MBW @ uses_WJ.float() / (1 + weights_MBW.sum(-1, keepdim=True))
