@@ -175,26 +175,25 @@ def judge_predictor(
     }
 
 
-def judge(
-    predictors: Mapping[str, Predictor], traces: TraceSet, settings: JudgeSettings
-) -> dict[str, Any]:
+def judge(predictors: Mapping[str, Predictor], traces: TraceSet, **settings: Any) -> dict[str, Any]:
     """Measure every predictor on the "test" requests beside the policies that need none.
 
     Args:
         predictors: Fitted ones by name.
         traces: Where the test requests are taken from.
-        settings: What is measured.
+        settings: Of `JudgeSettings`.
 
     Returns:
         What `joined` returns.
     """
+    asked = JudgeSettings(**settings)
     requests = judged_requests(traces, "test")
-    without = judge_policies(requests, settings)
+    without = judge_policies(requests, asked)
     found = {
-        name: judge_predictor(predictor, requests, settings, without=without)
+        name: judge_predictor(predictor, requests, asked, without=without)
         for name, predictor in predictors.items()
     }
-    return joined(found, requests, settings, without=without)
+    return joined(found, requests, asked, without=without)
 
 
 def joined(

@@ -28,7 +28,8 @@ from tests.predictors.fakes import (
     random_traces,
 )
 
-SETTINGS = JudgeSettings(residencies=(0.5, 0.75), lookaheads=(1, 2))
+ASKED = {"residencies": (0.5, 0.75), "lookaheads": (1, 2)}
+SETTINGS = JudgeSettings(**ASKED)
 
 
 def fitted(cls: type = PreviousToken):
@@ -51,7 +52,7 @@ def test_the_gap_is_measured_from_the_replay_without_predictors() -> None:
 
 def test_recall_is_that_of_a_walk_of_its_own() -> None:
     traces = random_traces()
-    found = judge({"previous_token": fitted()}, traces, SETTINGS)
+    found = judge({"previous_token": fitted()}, traces, **ASKED)
     report = evaluate_recall(fitted(), traces, lookaheads=(1, 2))
     assert found["predictors"]["previous_token"]["recall"] == report.recall
     assert found["predictors"]["previous_token"]["recall_by_layer"] == report.recall_by_layer
@@ -73,15 +74,15 @@ def test_each_request_is_walked_once_however_many_budgets_and_policies() -> None
 
 def test_residencies_with_as_many_slots_each_have_their_row() -> None:
     """Of four experts, 25 and 30 % are one slot: the second share once took the first one's row."""
-    settings = JudgeSettings(residencies=(0.25, 0.3, 0.5))
-    found = judge({"popularity": fitted(Popularity)}, random_traces(), settings)
+    shares = (0.25, 0.3, 0.5)
+    found = judge({"popularity": fitted(Popularity)}, random_traces(), residencies=shares)
     rows = [row for row in found["replay"] if row["predictor"] == "popularity"]
     assert [(row["residency"], row["slots"]) for row in rows] == [(0.25, 1), (0.3, 1), (0.5, 2)]
     assert rows[0]["hits"] == rows[1]["hits"] < rows[2]["hits"]
 
 
 def test_the_oracle_passes_lfru_and_silence_does_not() -> None:
-    found = judge({"oracle": fitted(Oracle), "none": fitted(Silent)}, random_traces(), SETTINGS)
+    found = judge({"oracle": fitted(Oracle), "none": fitted(Silent)}, random_traces(), **ASKED)
     gaps = {
         row["predictor"]: row["gap_closed"]
         for row in found["replay"]
@@ -110,7 +111,7 @@ def test_threads_are_as_before() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        judge({"popularity": fitted(Popularity)}, random_traces(), SETTINGS)
+        judge({"popularity": fitted(Popularity)}, random_traces(), **ASKED)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
