@@ -191,6 +191,7 @@ class ExpertCache:
                 last_use_LE=zeros(*access_shape),
                 inserted_LE=zeros(*shape),
                 use_count_LE=zeros(*shape[-2:]),
+                visits_LE=zeros(*shape),
                 decayed_uses={
                     half_life: zeros(*shape[-2:], dtype=torch.float32)
                     for half_life in policy.half_lives
@@ -260,6 +261,8 @@ class ExpertCache:
             torch.where(needed_LE, usage.step_L1, usage.last_use_LE, out=usage.last_use_LE)
         if "use_count" in policy.uses:
             usage.use_count_LE.add_(needed_LE)
+        if "visits" in policy.uses:
+            usage.visits_LE.add_(needed_LE)
         for half_life, uses_LE in usage.decayed_uses.items():
             uses_LE.mul_(0.5 ** (1.0 / half_life)).add_(needed_LE)
 
@@ -412,6 +415,8 @@ class ExpertCache:
         state.used_L1.add_(change_L1)
         if "inserted" in self.policy.uses:
             torch.where(insert_LE, usage.step_L1, usage.inserted_LE, out=usage.inserted_LE)
+        if "visits" in self.policy.uses:  # a stay ends with an eviction; what streams never stays
+            usage.visits_LE.mul_(usage.resident_LE)
         if state.prefetched_LE is not None:
             state.prefetched_LE.logical_and_(~evict_LE)
 

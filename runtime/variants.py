@@ -37,7 +37,10 @@ class SideBySide(Policy):
             self._seen = usage
             self._own = [
                 dataclasses.replace(
-                    usage, resident_LE=usage.resident_LE[p], inserted_LE=usage.inserted_LE[p]
+                    usage,
+                    resident_LE=usage.resident_LE[p],
+                    inserted_LE=usage.inserted_LE[p],
+                    visits_LE=usage.visits_LE[p],
                 )
                 for p in range(len(self.policies))
             ]

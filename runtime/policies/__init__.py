@@ -6,13 +6,21 @@ from typing import Any
 from runtime.policies.base import Policy
 from runtime.policies.belady import Belady
 from runtime.policies.fifo import Fifo
+from runtime.policies.finemoe import FineMoE
 from runtime.policies.forecast import ByForecast
+from runtime.policies.lcp import Lcp
+from runtime.policies.least_stale import LeastStale
 from runtime.policies.lfru import Lfru
 from runtime.policies.lfu import Lfu
 from runtime.policies.lru import Lru
+from runtime.policies.random import Random
 
 POLICIES: Mapping[str, type[Policy]] = {
-    policy.name: policy for policy in (Fifo, Lru, Lfu, Lfru, ByForecast, Belady)
+    policy.name: policy
+    for policy in (
+        *(Fifo, Lru, Lfu, Lfru, Lcp, LeastStale, Random),
+        *(ByForecast, FineMoE, Belady),
+    )
 }
 
 

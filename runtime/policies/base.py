@@ -26,7 +26,7 @@ from torch import Tensor
 
 from predictors.base import Forecast
 
-UsageField = Literal["last_use", "inserted", "use_count"]
+UsageField = Literal["last_use", "inserted", "use_count", "visits"]
 Foresight = Literal["none", "forecast", "truth"]
 
 
@@ -46,6 +46,8 @@ class Usage:
             prefetch; 0 = never.
         inserted_LE: int64, step of the latest insertion; 0 = never.
         use_count_LE: int64, events that used the expert, this one included.
+        visits_LE: int64, those of them since its latest insertion, its own included; 0 for what is
+            not resident, but 1 for what this event needs and has yet to bring in.
         decayed_uses: Half-life in steps -> float32 [L, E]: uses, each halved every half-life.
     """
 
@@ -54,6 +56,7 @@ class Usage:
     last_use_LE: Tensor
     inserted_LE: Tensor
     use_count_LE: Tensor
+    visits_LE: Tensor
     decayed_uses: Mapping[float, Tensor]
 
     @property

@@ -25,6 +25,7 @@ class ReferenceCache:
     last_use: dict[int, int] = field(default_factory=dict)
     inserted: dict[int, int] = field(default_factory=dict)
     use_count: dict[int, int] = field(default_factory=dict)
+    visits: dict[int, int] = field(default_factory=dict)  # of residents, since they came in
     forecast: Sequence[float] = ()
 
     def serve(self, needed: set[int]) -> tuple[set[int], set[int], set[int], set[int]]:
@@ -34,6 +35,8 @@ class ReferenceCache:
             self.last_use[expert] = self.step
             self.use_count[expert] = self.use_count.get(expert, 0) + 1
         hits = needed & set(self.slot_of)
+        for expert in hits:
+            self.visits[expert] += 1
         misses = sorted(needed - hits)
 
         room = self.capacity - sum(self.sizes[expert] for expert in hits)
@@ -59,6 +62,7 @@ class ReferenceCache:
         for expert, slot in zip(inserted, offered, strict=False):  # sizes can free more than needed
             self.slot_of[expert] = slot
             self.inserted[expert] = self.step
+            self.visits[expert] = 1
         return hits, set(inserted), set(freed_slots), streamed
 
 
@@ -66,11 +70,28 @@ def age(cache: ReferenceCache, expert: int) -> int:
     return cache.step - cache.last_use.get(expert, 0)
 
 
+def splitmix(step: int, expert: int) -> int:
+    """The bits of `runtime.policies.random` for seed 0, in unsigned 64-bit arithmetic."""
+    wrap = 1 << 64
+    bits = (step * 0x9E3779B97F4A7C15 + expert * 0xBF58476D1CE4E5B9) % wrap
+    for _ in range(2):
+        bits = (bits ^ (bits >> 32)) * 0x94D049BB133111EB % wrap
+    return bits >> 40
+
+
 KEEP: dict[str, Callable[[ReferenceCache, int], float]] = {
     "fifo": lambda cache, expert: cache.inserted.get(expert, 0),
     "lru": lambda cache, expert: cache.last_use.get(expert, 0),
     "lfu": lambda cache, expert: cache.use_count[expert] + 1 / (age(cache, expert) + 2),
     "lfru": lambda cache, expert: float32(cache.use_count[expert] / (age(cache, expert) + 1)),
+    "lcp": lambda cache, expert: float32(
+        cache.use_count[expert] * 0.25 ** (age(cache, expert) / 128)
+    ),
+    "least_stale": lambda cache, expert: cache.last_use.get(expert, 0),
+    "random": lambda cache, expert: splitmix(cache.step, expert),
+    "finemoe": lambda cache, expert: float32(
+        max(cache.forecast[expert], 2.0**-40) * cache.visits[expert]
+    ),
     "forecast": lambda cache, expert: cache.forecast[expert],
     "belady": lambda cache, expert: cache.forecast[expert],
 }

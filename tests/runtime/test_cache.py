@@ -234,7 +234,8 @@ def test_a_step_reads_no_value_and_keeps_every_address(name: str, in_bytes: bool
     cache = ExpertCache(make_policy(name), num_layers=2, num_experts=NUM_EXPERTS, **budget)
     counters = Counters(2)
     usage = cache.usage
-    state = [usage.resident_LE, usage.last_use_LE, usage.inserted_LE, cache.used_L1]
+    state = [usage.resident_LE, usage.last_use_LE, usage.inserted_LE, usage.visits_LE]
+    state.append(cache.used_L1)
     addresses = [tensor.data_ptr() for tensor in state]
     needed_LE = torch.stack([mask(0, 1, 2, 5)] * 2)
     forecast_LE = torch.rand(2, NUM_EXPERTS)

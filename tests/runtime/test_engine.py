@@ -24,7 +24,7 @@ from tests.families import FAMILIES, tiny_model
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 SLOTS = 5
-CACHE_POLICIES = ("fifo", "lru", "lfu", "lfru")
+CACHE_POLICIES = ("fifo", "lru", "lfu", "lfru", "lcp", "least_stale", "random")
 
 
 class Habit(ScriptedPredictor):
@@ -273,17 +273,16 @@ def test_the_simulator_replays_the_recorded_trace_into_the_same_events(
     assert offload.events == replay_log(traces, policy=policy, slots=torch.tensor(offload.slots))
 
 
+@pytest.mark.parametrize("policy", ["forecast", "finemoe"])
 def test_the_simulator_makes_the_same_forecasts_and_so_the_same_events(
-    model: Any, habit: Habit
+    model: Any, habit: Habit, policy: str
 ) -> None:
     """The engine hands each event the forecast made before its token: no later, no earlier."""
     recorder = Recorder(model)
-    with attach(
-        model, slots=SLOTS, policy="forecast", predictor=habit, record_events=True
-    ) as offload:
+    with attach(model, slots=SLOTS, policy=policy, predictor=habit, record_events=True) as offload:
         generate(model)
     traces = trace_set(recorder.trace(), offload.spec)
-    assert offload.events == replay_log(traces, policy="forecast", slots=SLOTS, predictor=habit)
+    assert offload.events == replay_log(traces, policy=policy, slots=SLOTS, predictor=habit)
     assert offload.events != replay_log(traces, policy="lru", slots=SLOTS)
 
 
@@ -367,7 +366,7 @@ def test_a_dense_model_is_refused() -> None:
      ({"budget_bytes": "much"}, "'much' is no size"),
      ({"slots": 5, "budget_bytes": "1MB"}, "exactly one"),
      ({"budget_bytes": 100}, "needs 4 slots, 110592 bytes"),
-     ({"slots": 5, "policy": "random"}, "'random' does not exist.*lru"),
+     ({"slots": 5, "policy": "best"}, "'best' does not exist.*lru"),
      ({"slots": 5, "policy": "belady"}, "needs to know the future"),
      ({"slots": 5, "policy": "forecast"}, "'forecast' reads forecasts: give a predictor"),
      ({"slots": 5, "policy": "forecast", "predictor": Habit()}, "'habit' is not fitted")],

@@ -26,7 +26,7 @@ from runtime.replay import EventList
 from runtime.simulate import Result, main, replay_log, simulate
 from runtime.variants import Foresights
 
-ALL_HEURISTICS = ["fifo", "lru", "lfu", "lfru", "belady"]
+ALL_HEURISTICS = ["fifo", "lru", "lfu", "lfru", "lcp", "least_stale", "random", "belady"]
 
 
 def trace_list(
@@ -155,15 +155,39 @@ GOLDEN = {  # (policy, slots): (hits, misses, evictions)
     ("lfru", 4): (2613, 987, 975),
     ("lfru", 8): (3206, 394, 370),
     ("lfru", 12): (3429, 171, 135),
+    ("lcp", 3): (2274, 1326, 1317),
+    ("lcp", 4): (2454, 1146, 1134),
+    ("lcp", 8): (2993, 607, 583),
+    ("lcp", 12): (3361, 239, 203),
+    ("least_stale", 3): (2318, 1282, 1273),
+    ("least_stale", 4): (2572, 1028, 1016),
+    ("least_stale", 8): (3248, 352, 328),
+    ("least_stale", 12): (3475, 125, 89),
+    ("random", 3): (2327, 1273, 1264),
+    ("random", 4): (2514, 1086, 1074),
+    ("random", 8): (3115, 485, 461),
+    ("random", 12): (3412, 188, 152),
     ("belady", 3): (2609, 991, 982),
     ("belady", 4): (2902, 698, 686),
     ("belady", 8): (3396, 204, 180),
     ("belady", 12): (3520, 80, 44),
+    ("finemoe", 3): (2489, 1111, 1102),
+    ("finemoe", 4): (2789, 811, 799),
+    ("finemoe", 8): (3381, 219, 195),
+    ("finemoe", 12): (3514, 86, 50),
 }
 
 
 def test_golden_counts_of_every_policy_and_size() -> None:
-    results = simulate(golden_traces(), policies=ALL_HEURISTICS, slots=[3, 4, 8, 12])
+    traces, seer = golden_traces(), Seer(gamma=0.9)
+    seer.fit(traces)
+    results = simulate(
+        traces,
+        policies=[*ALL_HEURISTICS, "finemoe"],
+        slots=[3, 4, 8, 12],
+        predictor=seer,
+        with_truth=True,
+    )
     counts = {(r.policy, r.slots): (r.hits, r.accesses - r.hits, r.evictions) for r in results}
     paste = "\n".join(f"    {key!r}: {value!r}," for key, value in counts.items())
     assert counts == GOLDEN, f"counts changed; if that is right, say why and paste:\n{paste}"
