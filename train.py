@@ -51,6 +51,7 @@ from predictors.fit.report import format_table, summary_rows, write_html, write_
 from predictors.fit.tracking import Tracker
 from predictors.prefetch_budget import experts_per_layer_of
 from predictors.registry import PREDICTORS, predictor_class
+from predictors.routing import request_digest, traces_of
 from runtime.evaluate import (
     JudgeSettings,
     joined,
@@ -89,7 +90,6 @@ class Pipeline:
         self.cfg = cfg
         self.folders = {name: Path(path) for name, path in plain(cfg.paths).items()}
         self.seconds: dict[str, float] = {}
-        self.split: dict[str, Any] = {}  # how recorded traces were divided, if anew
 
     @contextmanager
     def stage(self, name: str, result: Path) -> Iterator[bool]:
@@ -118,9 +118,7 @@ class Pipeline:
         """The traces: recorded ones are read, others collected."""
         source = build(self.cfg.source)
         if isinstance(source, TraceFile):
-            traces = source.load()
-            self.split = source.split
-            return traces
+            return source.load()
         what = {
             "model": self.cfg.model.id,
             "dtype": self.cfg.model.dtype,
@@ -154,7 +152,11 @@ class Pipeline:
                     folder,
                     spec=traces.spec,
                     parents={"traces": traces.digest, "inputs": digest_json(inputs)},
-                    split=self.split,
+                    fitted_requests=[
+                        request_digest(trace)
+                        for split in ("fit", "val")
+                        for trace in traces_of(traces, split)
+                    ],
                     fit_report=report,
                 )
             predictor = load_artifact(folder, expect=traces.spec)
@@ -234,7 +236,7 @@ class Pipeline:
                     folder,
                     spec=manifest.spec.spec(),
                     parents={**manifest.parents, "fitted": fitted.digest},
-                    split=manifest.split,
+                    fitted_requests=manifest.fitted_requests,
                     fit_report=FitReport(**manifest.fit_report) if manifest.fit_report else None,
                     metrics=metrics,
                 )

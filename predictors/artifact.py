@@ -11,7 +11,7 @@ No pickle. `kind` is looked up in `predictors.registry`; no import path is read 
 import json
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -74,8 +74,8 @@ class Manifest(_Strict):
         embedder: Or None, if the predictor reads no text.
         spec: The MoE that the predictor was fitted for.
         parents: Digest of each input: traces, configuration.
-        split: How the traces' split was drawn, where it is not their own: arguments of
-            `data.sources.trace.redraw`.
+        fitted_requests: `routing.request_digest` of what it was fitted or calibrated on, so that
+            those requests are known again in whatever file they stand.
         files: SHA-256 of every other file in the folder.
         fit_report: `FitReport` as plain values.
         metrics: What was measured before export.
@@ -88,7 +88,7 @@ class Manifest(_Strict):
     embedder: EmbedderEntry | None
     spec: SpecEntry
     parents: dict[str, str]
-    split: dict[str, Any] = {}
+    fitted_requests: tuple[str, ...] = ()
     files: dict[str, str]
     fit_report: dict[str, Any] | None
     metrics: dict[str, Any]
@@ -101,7 +101,7 @@ def save_artifact(
     *,
     spec: MoESpec,
     parents: Mapping[str, str],
-    split: Mapping[str, Any] | None = None,
+    fitted_requests: Sequence[str] = (),
     fit_report: FitReport | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -112,7 +112,7 @@ def save_artifact(
         path: The artifact's folder.
         spec: The MoE it is for; may know more (fingerprint, sizes) than the traces did.
         parents: Digest of each input by name.
-        split: As of `Manifest`.
+        fitted_requests: As of `Manifest`.
         fit_report: What fitting found.
         metrics: Plain values.
 
@@ -142,7 +142,7 @@ def save_artifact(
             ),
             spec=SpecEntry(**spec.to_json()),
             parents=dict(parents),
-            split=dict(split or {}),
+            fitted_requests=tuple(fitted_requests),
             files={file.name: sha256_file(file) for file in sorted(folder.iterdir())},
             fit_report=None if fit_report is None else asdict(fit_report),
             metrics=dict(metrics or {}),

@@ -25,8 +25,9 @@ class Args:
 
     artifact: the folder that train.py exported. trace: a name or path of any traces. split: which
     requests are judged; auto takes the "test" requests of the traces that the artifact was fitted
-    on, and every request of any other. prefetch_experts (per layer and token; top-k by default) or
-    prefetch_bytes (per token): the budget at which wasted bytes are told.
+    on, and of any other every request that it was not fitted on. prefetch_experts (per layer and
+    token; top-k by default) or prefetch_bytes (per token): the budget at which wasted bytes are
+    told.
     """
 
     artifact: Path

@@ -1,9 +1,10 @@
 """One artifact on one trace set: which of its requests may be judged, and all that is measured.
 
 The command is ``python -m predictors.evaluate``; this is what it joins. Traces are known again by
-their digest: a copy of some of the fitted requests in another file is not, and is judged whole.
+their digest, and single requests by their routing, whatever file they stand in.
 """
 
+import dataclasses
 import logging
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,9 @@ import torch
 from data.errors import SpecMismatchError
 from data.importers import load_traces
 from data.schema import TraceList, TraceSet
-from data.sources.trace import redraw
 from predictors.artifact import Manifest, artifact_digest, load_artifact, read_manifest
 from predictors.prefetch_budget import experts_per_layer_of, sized_spec
+from predictors.routing import request_digest
 from runtime.evaluate import (
     Judged,
     JudgeSettings,
@@ -45,7 +46,7 @@ def judge_artifact(
         artifact: Its folder.
         trace: A name or path, as of `load_traces`.
         split: "test", "val", "fit", "all"; or "auto": "test" where the traces are those that the
-            artifact was fitted on, else "all".
+            artifact was fitted on, else every request that it was not fitted on.
         prefetch_experts: Prefetch budget in experts per layer and token; None = K.
         prefetch_bytes: The same in bytes a token, instead.
         settings: Of `JudgeSettings`.
@@ -71,9 +72,8 @@ def judge_artifact(
     n = experts_per_layer_of(
         sized_spec(traces.spec, spec), experts=prefetch_experts, bytes_per_token=prefetch_bytes
     )
-    traces, which, why = _choose(manifest, traces, split)
+    requests, which, why = _choose(manifest, traces, split)
     logger.info("judging %s", why)
-    requests = judged_requests(traces, which)
     without = judge_policies(requests, asked)
     found = judge_predictor(predictor, requests, asked, without=without)
     report, cost = found["report"], found["cost"]
@@ -123,23 +123,29 @@ def judge_artifact(
     }
 
 
-def _choose(manifest: Manifest, traces: TraceSet, split: str) -> tuple[TraceSet, Judged, str]:
-    """The traces under the split that the artifact was fitted by, what is judged, and why."""
-    fitted_on = manifest.parents.get("traces")
-    if traces.digest != fitted_on and manifest.split and isinstance(traces, TraceList):
-        try:
-            redrawn = redraw(traces, **manifest.split)
-        except ValueError:  # other topics: not the traces it was fitted on
-            redrawn = traces
-        if redrawn.digest == fitted_on:
-            traces = redrawn
-    same = traces.digest == fitted_on
+def _choose(manifest: Manifest, traces: TraceSet, split: str) -> tuple[TraceList, str, str]:
+    """The requests to judge, the split that they are, and why."""
+    same = traces.digest == manifest.parents.get("traces")
     if split != "auto":
-        known = "of the traces that it was fitted on" if same else "of traces that it was not on"
-        return traces, cast(Judged, split), f"split {split!r}, as asked, {known}"
+        known = "of the traces that it was fitted on" if same else "of other traces than its fit"
+        requests = judged_requests(traces, cast(Judged, split))
+        return requests, split, f"split {split!r}, as asked, {known}"
     if same:
-        return traces, "test", "the test requests of the traces that it was fitted on"
-    return traces, "all", "every request: these are not the traces that it was fitted on"
+        requests = judged_requests(traces, "test")
+        return requests, "test", "the test requests of the traces that it was fitted on"
+    everything = judged_requests(traces, "all")
+    fitted = set(manifest.fitted_requests)
+    unseen = [trace for trace in everything.traces if request_digest(trace) not in fitted]
+    num_seen = len(everything) - len(unseen)
+    if not num_seen:
+        return everything, "all", "every request: these are not the traces that it was fitted on"
+    if not any(trace.num_tokens for trace in unseen):
+        raise ValueError(
+            f"nothing to judge: it was fitted on all {num_seen} requests of these traces; "
+            "split=all judges them all the same"
+        )
+    why = f"every request but {num_seen} of {len(everything)} that it was fitted on"
+    return dataclasses.replace(everything, traces=unseen), "unseen", why
 
 
 def _by_residency(

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
 
 from data.files import digest_json
 from data.importers import load_traces
@@ -47,14 +46,6 @@ class TraceFile:
     def digest(self) -> str:
         """The traces' digest."""
         return self._traces.digest
-
-    @property
-    def split(self) -> dict[str, Any]:
-        """How the split was drawn, as arguments of `redraw`; empty for the trace's own."""
-        if not isinstance(self._traces, TraceList):
-            return {}
-        drawn = {"test_topics": self._test_topics, "split_seed": self._split_seed}
-        return {name: value for name, value in drawn.items() if value}
 
     @cached_property
     def _traces(self) -> TraceSet:

@@ -14,10 +14,9 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from data.errors import DamagedFileError, MalformedInputError
-from data.schema import Prompt, TraceList
+from data.schema import Prompt
 from data.sources import SOURCES, Hub, Jsonl, PromptSource, SharedPrompts, Stdlib, TraceFile
 from data.sources.base import spread
-from data.sources.trace import redraw
 
 ROOT = Path(__file__).resolve().parents[2]
 REVISION = "a" * 40
@@ -354,16 +353,6 @@ def test_another_seed_draws_another_split_and_has_another_digest(two_domains: Pa
     assert len({tuple(split.items()) for split in splits}) > 1
     again = TraceFile(path=str(two_domains), split_seed=3)
     assert (again.load().split, again.digest) == (splits[3], sources[3].digest)
-
-
-def test_the_way_a_split_was_drawn_is_enough_to_draw_it_again(two_domains: Path) -> None:
-    """An artifact keeps it, so that its test requests are found again in the bare file."""
-    own = TraceFile(path=str(two_domains))
-    assert own.split == {}
-    drawn = TraceFile(path=str(two_domains), split_seed=2, test_topics=["law"])
-    traces = own.load()
-    assert isinstance(traces, TraceList)
-    assert redraw(traces, **drawn.split).digest == drawn.digest
 
 
 def test_a_negative_seed_is_refused() -> None:

@@ -17,6 +17,7 @@ from data.sources.trace import redraw
 from predictors.artifact import save_artifact
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
+from predictors.routing import request_digest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -83,9 +84,17 @@ def fit(path: Path, trace: Path, kind: type = PreviousToken, **redrawn: Any) -> 
         traces = redraw(traces, **redrawn)
     predictor = kind()
     report = predictor.fit(traces)
-    parents = {"traces": traces.digest}
     return save_artifact(
-        predictor, path, spec=traces.spec, parents=parents, split=redrawn, fit_report=report
+        predictor,
+        path,
+        spec=traces.spec,
+        parents={"traces": traces.digest},
+        fitted_requests=[
+            request_digest(trace)
+            for trace in traces.traces
+            if traces.split[trace.request_id] != "test"
+        ],
+        fit_report=report,
     )
 
 
@@ -164,7 +173,7 @@ def test_only_test_requests_of_the_traces_of_the_fit_are_judged(
     assert everything["judged"]["num_requests"] == len(traces)
 
 
-def test_the_split_of_the_fit_is_drawn_again(
+def test_requests_of_the_fit_are_known_again_under_another_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the file's own split, requests that another seed gave to the fit would be judged."""
@@ -172,10 +181,36 @@ def test_the_split_of_the_fit_is_drawn_again(
     own = load_traces(trace)
     assert isinstance(own, TraceList)
     seed = next(s for s in range(1, 99) if redraw(own, split_seed=s).split != own.split)
+    held_out = [r for r, part in redraw(own, split_seed=seed).split.items() if part == "test"]
     artifact = fit(tmp_path / "artifact", trace, split_seed=seed)
     result = evaluate(monkeypatch, capsys, f"artifact={artifact}", f"trace={trace}")
-    assert result["judged"]["split"] == "test"
-    assert result["digests"]["trace"] == result["digests"]["fitted_on"] != own.digest
+    assert result["judged"]["split"] == "unseen"
+    assert result["judged"]["num_requests"] == len(held_out)
+    lengths = {own[i].request_id: own[i].num_tokens for i in range(len(own))}
+    assert result["num_tokens"] == sum(lengths[name] for name in held_out)
+
+
+def test_requests_of_the_fit_are_known_again_in_another_file(
+    fitted: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """An artifact of two domains looked fine on one of them, having been fitted on its requests."""
+    artifact, trace = fitted
+    traces = load_traces(trace)
+    arrays = np.load(trace)
+    end = arrays["seq_offsets"][5]  # the first five requests alone
+    np.savez(
+        tmp_path / "half.npz",
+        experts=arrays["experts"][:end],
+        seq_offsets=arrays["seq_offsets"][:6],
+    )
+    result = evaluate(monkeypatch, capsys, f"artifact={artifact}", f"trace={tmp_path / 'half.npz'}")
+    test = [i for i in range(5) if traces.split[traces[i].request_id] == "test"]
+    assert 0 < len(test) < 5, "the file must mix both for this to show anything"
+    assert result["judged"]["num_requests"] == len(test)
+    assert f"{5 - len(test)} of 5 that it was fitted on" in result["judged"]["why"]
 
 
 def test_a_predictor_that_knows_the_next_token_better_scores_better(
