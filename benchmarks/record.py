@@ -1,21 +1,18 @@
 """What every benchmark says of itself: where, with what and of which commit it was measured."""
 
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from data.files import write_json
+from data.machine import commit, cpu_name, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-_PACKAGES = ("torch", "transformers", "numpy", "faiss-cpu", "datasets", "sentence-transformers")
 
 
 def record(name: str, values: Mapping[str, Any], *, out: Path | None) -> None:
@@ -39,22 +36,11 @@ def circumstances() -> dict[str, Any]:
     return {
         # Without where the result was kept: that is not part of what was measured.
         "command": " ".join([program, *(a for a in sys.argv[1:] if not a.startswith("out="))]),
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": f"{cpu_name()}, {os.cpu_count()} cores",
         "load_1_min": os.getloadavg()[0],
-        "versions": {
-            "python": platform.python_version(),
-            **{package: _version(package) for package in _PACKAGES},
-        },
+        "versions": versions(),
     }
-
-
-def cpu_name() -> str:
-    """The processor's model, where the system tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -65,17 +51,3 @@ def spread(values: Sequence[float]) -> dict[str, float]:
         "max": max(values),
         "repeats": len(values),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
-    return head.stdout.strip() + (" with changes" if changed.stdout.strip() else "")

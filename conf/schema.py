@@ -31,7 +31,10 @@ class EvaluateSettings:
     residencies: list[float] = field(default_factory=lambda: [0.25, 0.4, 0.5])
     lookaheads: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     baselines: list[str] = field(default_factory=lambda: ["previous_token", "popularity", "oracle"])
+    policies: list[str] | None = None  # all that exist
     max_tokens: int | None = None
+    cost_tokens: int = 256  # over which a predictor is timed
+    prefetch_experts: int | None = None  # per layer and token, for wasted bytes; top-k
 
 
 @dataclass

@@ -14,7 +14,7 @@ read from a file.
 import json
 import logging
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -89,6 +89,8 @@ class Manifest(PredictorEntry):
         schema_version: Of this layout.
         spec: The MoE that the predictor was fitted for.
         parents: Digest of each input: traces, configuration.
+        fitted_requests: `routing.request_digest` of what it was fitted or calibrated on, so that
+            those requests are known again in whatever file they stand.
         files: SHA-256 of every other file in the folder.
         fit_report: `FitReport` as plain values.
         metrics: What was measured before export.
@@ -98,6 +100,7 @@ class Manifest(PredictorEntry):
     schema_version: Literal[1] = SCHEMA_VERSION
     spec: SpecEntry
     parents: dict[str, str]
+    fitted_requests: tuple[str, ...] = ()
     files: dict[str, str]
     fit_report: dict[str, Any] | None
     metrics: dict[str, Any]
@@ -110,6 +113,7 @@ def save_artifact(
     *,
     spec: MoESpec,
     parents: Mapping[str, str],
+    fitted_requests: Sequence[str] = (),
     fit_report: FitReport | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -120,6 +124,7 @@ def save_artifact(
         path: The artifact's folder.
         spec: The MoE it is for; may know more (fingerprint, sizes) than the traces did.
         parents: Digest of each input by name.
+        fitted_requests: As of `Manifest`.
         fit_report: What fitting found.
         metrics: Plain values.
 
@@ -150,6 +155,7 @@ def save_artifact(
             ),
             spec=SpecEntry(**spec.to_json()),
             parents=dict(parents),
+            fitted_requests=tuple(fitted_requests),
             files={file.name: sha256_file(file) for file in sorted(folder.iterdir())},
             fit_report=None if fit_report is None else asdict(fit_report),
             metrics=dict(metrics or {}),

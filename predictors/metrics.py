@@ -7,6 +7,7 @@
 - **Lookahead h**: the ranking made before token t, judged against token t - 1 + h. At h = 1 the
   ranking is `next_LE`; further ahead it is `forecast_LE`, which is what a planner would read.
   Rows near the end of a trace have no token so far ahead, so the denominator shrinks with h.
+- **Prefetch** and its waste: `predictors.prefetch_budget`.
 - **Reliability**: entries of `next_LE` grouped by what they say, against how often it came true.
   Denominator: entries of tokens that had a forecast.
 
@@ -18,76 +19,23 @@ a row, each in force for one or more tokens.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from data.errors import SpecMismatchError
 from data.schema import MoESpec, Split, Trace, TraceSet
 from predictors.base import Forecast, Predictor
+from predictors.prefetch_budget import Prefetch, sized_spec
+from predictors.reliability import Reliability, ReliabilityCount
 from predictors.request_history import RequestHistory
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 
 LOOKAHEADS = (1, 2, 4, 8)
 _BATCH = 256  # forecasts ranked at once: bounds memory, about 6 MB at 24 x 32 experts
-
-
-@dataclass(frozen=True, slots=True)
-class Reliability:
-    """What was said against what came true, in equal bins of [0, 1].
-
-    Attributes:
-        num_entries: int64 per bin: (token, layer, expert) entries of `next_LE`.
-        said: Mean of the entries of each bin; NaN where there is none.
-        came_true: Share of them that was used; NaN where there is none.
-    """
-
-    num_entries: npt.NDArray[np.int64]
-    said: npt.NDArray[np.float64]
-    came_true: npt.NDArray[np.float64]
-
-    @property
-    def expected_calibration_error(self) -> float:
-        """Mean |said - came true| over all entries, bin by bin; NaN without entries."""
-        used = self.num_entries > 0
-        gap = np.abs(self.said[used] - self.came_true[used])
-        total = int(self.num_entries.sum())
-        return float(gap @ self.num_entries[used] / total) if total else float("nan")
-
-
-class ReliabilityCount:
-    """Adds up `Reliability`, one batch of forecasts at a time.
-
-    Args:
-        num_bins: Equal bins of [0, 1].
-    """
-
-    def __init__(self, *, num_bins: int) -> None:
-        self._num_entries = np.zeros(num_bins)
-        self._said = np.zeros(num_bins)
-        self._used = np.zeros(num_bins)
-
-    def add(
-        self,
-        next_RLE: npt.NDArray[np.float32],
-        used_RLE: npt.NDArray[np.int32],
-        tokens_R: npt.NDArray[np.int64],
-    ) -> None:
-        """Count forecasts that were in force for ``tokens_R`` tokens, used ``used_RLE`` times."""
-        num_bins = len(self._used)
-        bins = np.clip((next_RLE * num_bins).astype(np.int32), 0, num_bins - 1).ravel()
-        entries = np.broadcast_to(tokens_R[:, None, None], next_RLE.shape).ravel()
-        self._num_entries += np.bincount(bins, entries, num_bins)
-        self._said += np.bincount(bins, entries * next_RLE.ravel(), num_bins)
-        self._used += np.bincount(bins, used_RLE.ravel(), num_bins)
-
-    def result(self) -> Reliability:
-        """The bins so far."""
-        with np.errstate(invalid="ignore"):
-            said, came_true = self._said / self._num_entries, self._used / self._num_entries
-        return Reliability(self._num_entries.astype(np.int64), said, came_true)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,8 +53,10 @@ class RecallReport:
         recall_by_layer: The same for each MoE layer.
         recall_by_lookahead: Slot recall@K for each lookahead in tokens; 0 where no request was
             long enough to judge one.
+        recall_by_lookahead_and_layer: The same for each MoE layer.
         num_tokens_by_lookahead: Judged (forecast, token) pairs for each lookahead.
         recall_by_fetched: Slot recall@k for k = K..3K experts fetched per layer, one token ahead.
+        prefetch: For 1..3K experts fetched per layer (at most E).
         reliability: Of `next_LE`.
     """
 
@@ -119,8 +69,10 @@ class RecallReport:
     recall: float
     recall_by_layer: list[float]
     recall_by_lookahead: dict[int, float]
+    recall_by_lookahead_and_layer: dict[int, list[float]]
     num_tokens_by_lookahead: dict[int, int]
     recall_by_fetched: dict[int, float]
+    prefetch: list[Prefetch]
     reliability: Reliability
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +80,7 @@ class RecallReport:
         bins = self.reliability
         used = bins.num_entries > 0
         plain: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        plain["prefetch"] = [{**asdict(entry), "wasted": entry.wasted} for entry in self.prefetch]
         plain["reliability"] = {
             "expected_calibration_error": bins.expected_calibration_error if used.any() else None,
             "num_entries": bins.num_entries[used].tolist(),
@@ -163,46 +116,94 @@ def evaluate_recall(
     spec = predictor.fitted_spec()
     if difference := spec.mismatch(traces.spec):
         raise SpecMismatchError(f"predictor {predictor.kind!r} and traces disagree: {difference}")
-    if 1 not in lookaheads or min(lookaheads) < 1:
-        raise ValueError(f"lookaheads={list(lookaheads)}: must hold 1 and nothing below it")
-    tally = _Tally(spec, lookaheads, num_bins)
-    num_requests = 0
+    tally = RecallTally(
+        sized_spec(traces.spec, spec),
+        lookaheads=lookaheads,
+        num_bins=num_bins,
+        max_tokens=max_tokens,
+    )
     history = RequestHistory()  # of this split, in the set's order: one request after the other
-    predictor = predictor.with_history(history)
+    following = predictor.with_history(history)
     for trace in traces_of(traces, split):
-        rows = decode_rows(trace)
-        stop = rows.stop
-        if max_tokens is not None:
-            stop = min(stop, rows.start + max_tokens - tally.num_tokens[1])
-        if stop <= rows.start:
-            continue
-        num_requests += 1
-        uses = _UseCount(trace, spec.num_experts, stop)
-        for forecasts, first_R, last_R in _batches(predictor, trace, slice(rows.start, stop)):
-            tally.add(uses, forecasts, first_R, last_R)
+        if tally.is_full:
+            break
+        tally.add(trace, following.walk(trace, with_truth=predictor.needs_truth).forecasts)
         history.add_trace(trace, spec.num_experts)
-    if not num_requests:
-        raise ValueError(f"no token to judge: split {split!r}, max_tokens={max_tokens}")
-    return tally.report(predictor.kind, split, num_requests)
+    return tally.report(predictor.kind, split)
 
 
-class _Tally:
-    """Hits by rank, added up over batches of forecasts.
+class RecallTally:
+    """Adds up a `RecallReport`, one replayed request at a time.
+
+    For whoever walks a predictor over traces for another purpose too, and wants to do so once.
+
+    Args:
+        spec: The model's MoE; where it knows the experts' sizes, the report has bytes.
+        lookaheads: In tokens; must hold 1.
+        num_bins: Of the reliability report.
+        max_tokens: Judge no more than so many tokens, or None.
 
     Attributes:
+        num_requests: That had a token to judge.
         num_tokens: Judged (forecast, token) pairs for each lookahead.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
 
-    def __init__(self, spec: MoESpec, lookaheads: Sequence[int], num_bins: int) -> None:
+    def __init__(
+        self,
+        spec: MoESpec,
+        *,
+        lookaheads: Sequence[int] = LOOKAHEADS,
+        num_bins: int = 20,
+        max_tokens: int | None = None,
+    ) -> None:
+        if 1 not in lookaheads or min(lookaheads) < 1:
+            raise ValueError(f"lookaheads={list(lookaheads)}: must hold 1 and nothing below it")
         self._spec = spec
+        self._max_tokens = max_tokens
         shape_LE = (spec.num_layers, spec.num_experts)
         # [l, r]: how often the expert that stood r-th in layer l was used.
         self._hits_LE = {h: np.zeros(shape_LE, np.int64) for h in lookaheads}
+        self.num_requests = 0
         self.num_tokens = dict.fromkeys(lookaheads, 0)
         self._num_silent = 0
         self._reliability = ReliabilityCount(num_bins=num_bins)
 
-    def add(
+    @property
+    def is_full(self) -> bool:
+        """Whether `max_tokens` have been judged."""
+        return self._max_tokens is not None and self.num_tokens[1] >= self._max_tokens
+
+    def add(self, trace: Trace, said: Sequence[Forecast | None]) -> None:
+        """Judge what was said during one request.
+
+        Args:
+            trace: The request.
+            said: `Walked.forecasts`.
+
+        Raises:
+            ValueError: A forecast holds NaN or infinity.
+        """
+        rows = decode_rows(trace)
+        stop = rows.stop
+        if self._max_tokens is not None:
+            stop = min(stop, rows.start + self._max_tokens - self.num_tokens[1])
+        if stop <= rows.start:
+            return
+        self.num_requests += 1
+        uses = _UseCount(trace, self._spec.num_experts, stop)
+        for forecasts, first_R, last_R in _batches(said, slice(rows.start, stop)):
+            for forecast, row in zip(forecasts or (), first_R, strict=False):
+                if not all(bool(torch.isfinite(tensor_LE).all()) for tensor_LE in forecast):
+                    raise ValueError(
+                        f"request {trace.request_id!r}: the forecast before row {row} holds NaN or "
+                        "infinity"
+                    )
+            self._add(uses, forecasts, first_R, last_R)
+
+    def _add(
         self,
         uses: "_UseCount",
         forecasts: Sequence[Forecast] | None,
@@ -224,16 +225,24 @@ class _Tally:
             used_RLE = uses.used_RLE(first_R, last_R, h)
             hits_LE += np.take_along_axis(used_RLE, rank_RLE, axis=-1).sum(axis=0)
 
-    def report(self, kind: str, split: Split, num_requests: int) -> RecallReport:
+    def report(self, kind: str, split: Split) -> RecallReport:
+        """The report of what was added so far.
+
+        Raises:
+            ValueError: No request had a token to judge.
+        """
+        if not self.num_requests:
+            raise ValueError(f"no token to judge: split {split!r}, max_tokens={self._max_tokens}")
         K, num_experts = self._spec.top_k, self._spec.num_experts
         recall_hLE = {
             h: hits_LE.cumsum(axis=-1) / max(1, self.num_tokens[h] * K)
             for h, hits_LE in self._hits_LE.items()
         }
+        most = min(3 * K, num_experts)
         return RecallReport(
             kind=kind,
             split=split,
-            num_requests=num_requests,
+            num_requests=self.num_requests,
             num_tokens=self.num_tokens[1],
             num_tokens_without_forecast=self._num_silent,
             top_k=K,
@@ -242,12 +251,24 @@ class _Tally:
             recall_by_lookahead={
                 h: float(recall_LE[:, K - 1].mean()) for h, recall_LE in recall_hLE.items()
             },
-            num_tokens_by_lookahead=self.num_tokens,
-            recall_by_fetched={
-                k: float(recall_hLE[1][:, k - 1].mean())
-                for k in range(K, min(3 * K, num_experts) + 1)
+            recall_by_lookahead_and_layer={
+                h: recall_LE[:, K - 1].tolist() for h, recall_LE in recall_hLE.items()
             },
+            num_tokens_by_lookahead=dict(self.num_tokens),
+            recall_by_fetched={
+                k: float(recall_hLE[1][:, k - 1].mean()) for k in range(K, most + 1)
+            },
+            prefetch=[self._prefetch(n) for n in range(1, most + 1)],
             reliability=self._reliability.result(),
+        )
+
+    def _prefetch(self, experts_per_layer: int) -> Prefetch:
+        return Prefetch.of(
+            self._spec,
+            experts_per_layer=experts_per_layer,
+            used_L=self._hits_LE[1][:, :experts_per_layer].sum(axis=-1),
+            num_tokens=self.num_tokens[1],
+            num_tokens_without_forecast=self._num_silent,
         )
 
 
@@ -281,13 +302,12 @@ class _UseCount:
 _Batch = tuple[Sequence[Forecast] | None, npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
-def _batches(predictor: Predictor, trace: Trace, rows: slice) -> Iterator[_Batch]:
+def _batches(said: Sequence[Forecast | None], rows: slice) -> Iterator[_Batch]:
     """Runs of rows under one forecast object: a request-level predictor has one per request.
 
     Yields:
         Forecasts (or None for a run without), and the first row and the row after the last of each.
     """
-    said = predictor.walk(trace, with_truth=predictor.needs_truth).forecasts
     runs: list[tuple[Forecast, int, int]] = []
     silent: list[tuple[int, int]] = []
     start = rows.start

@@ -6,6 +6,7 @@ predictor.
 Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens.
 """
 
+import hashlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -40,6 +41,14 @@ def traces_of(traces: TraceSet, split: Split) -> Iterator[Trace]:
         trace = traces[index]
         if traces.split[trace.request_id] == split:
             yield trace
+
+
+def request_digest(trace: Trace) -> str:
+    """What names a request by its routing alone, wherever it is stored: 16 hex digits."""
+    ids_TLK = np.ascontiguousarray(trace.topk_expert_ids_TLK, dtype="<i2")
+    digest = hashlib.blake2b(repr(ids_TLK.shape).encode(), digest_size=8)
+    digest.update(ids_TLK.tobytes())
+    return digest.hexdigest()
 
 
 def request_use_LE(trace: Trace, num_experts: int) -> npt.NDArray[np.float32]:

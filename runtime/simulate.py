@@ -17,10 +17,10 @@ Shape letters: L MoE layers · E experts per layer · P policies · B budgets.
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.cli import parse_cli
 from data.errors import MoecastError
 from data.importers import load_traces
-from data.schema import MoESpec, TraceSet
+from data.schema import MoESpec, Trace, TraceSet
 from predictors.artifact import load_artifact
 from predictors.base import Predictor, Walked
 from predictors.request_history import RequestHistory
@@ -88,6 +88,18 @@ class Result:
     serial_s: float | None
 
 
+class Walker(Protocol):
+    """What a replay asks of a predictor."""
+
+    def walk(self, trace: Trace, *, with_truth: bool = False) -> Walked:
+        """As `Predictor.walk`."""
+        ...
+
+    def with_history(self, history: RequestHistory) -> "Walker":
+        """As `Predictor.with_history`."""
+        ...
+
+
 @torch.inference_mode()  # a seventh faster on tensors this small
 def simulate(
     traces: TraceSet,
@@ -96,11 +108,12 @@ def simulate(
     slots: Sequence[int] = (),
     budget_bytes: Sequence[int] = (),
     scope: Scope = "layer",
-    predictor: Predictor | None = None,
+    predictor: Walker | None = None,
     with_truth: bool = False,
     prefill: Prefill = "auto",
     max_tokens: int | None = None,
     clock: Clock | None = None,
+    baseline_hits: Mapping[str, Sequence[int]] | None = None,
     progress: bool = True,
 ) -> list[Result]:
     """Replay ``traces`` under every policy at every budget.
@@ -113,11 +126,13 @@ def simulate(
             them into equal numbers of slots.
         scope: One cache a layer, or one pool in which a layer may evict another's experts.
         predictor: A fitted predictor, for policies that need a forecast; it is walked over each
-            trace strictly causally. A forecast stands until the next; before the first it is 0.
+            trace once, strictly causally. A forecast stands until the next, 0 before the first.
         with_truth: Let the predictor see each request's future: for the oracle only.
         prefill: `EventList.of` has the choices.
         max_tokens: Replay only so many routed tokens.
         clock: Rates for `Result.bound_s` and `Result.serial_s`; needs expert sizes.
+        baseline_hits: Hits of LFRU and of Belady at each budget, from an earlier replay of the same
+            traces with the same arguments; those that are not given run along.
         progress: Show a bar (where stderr is a terminal).
 
     Returns:
@@ -131,7 +146,8 @@ def simulate(
         raise ValueError("policies: give at least one")
     running = [*asked]
     names = [policy.name for policy in asked]
-    running += [make_policy(name) for name in _BASELINES if name not in names]
+    known = dict(baseline_hits or {})
+    running += [make_policy(name) for name in _BASELINES if name not in [*names, *known]]
     names = [policy.name for policy in running]
     spec = traces.spec
     budgets = parse_budgets(spec, slots=slots, budget_bytes=budget_bytes, scope=scope)
@@ -149,8 +165,12 @@ def simulate(
         for event in events:
             serve(cache, event, foresight, prompt if event.is_prompt else decode)
             bar.update(event.index_NLK.shape[0])
+    hits_PB = (prompt.hits_L + decode.hits_L).sum(-1)
+    known |= {name: hits_PB[p].tolist() for p, name in enumerate(names) if name in _BASELINES}
+    if missing := [name for name, hits_B in known.items() if len(hits_B) != len(budgets)]:
+        raise ValueError(f"baseline_hits of {missing}: must be {len(budgets)}, one for each budget")
     return [
-        _result(names, (p, b), budget, scope, events, prompt, decode, clock)
+        _result(names, (p, b), budget, scope, events, prompt, decode, known, clock)
         for p in range(len(asked))
         for b, budget in enumerate(budgets)
     ]
@@ -257,7 +277,7 @@ def _serve_pool(
         counters.add(step, layer)
 
 
-def _walker(predictor: Predictor, traces: TraceSet, *, with_truth: bool) -> Callable[[int], Walked]:
+def _walker(predictor: Walker, traces: TraceSet, *, with_truth: bool) -> Callable[[int], Walked]:
     history = RequestHistory()
     following = predictor.with_history(history)
 
@@ -281,6 +301,7 @@ def _result(
     events: EventList,
     prompt: Counters,
     decode: Counters,
+    known: Mapping[str, Sequence[int]],
     clock: Clock | None,
 ) -> Result:
     p, b = variant
@@ -291,7 +312,7 @@ def _result(
     decode_hits, decode_accesses = (
         int(counts_L[p, b].sum()) for counts_L in (decode.hits_L, decode.accesses_L)
     )
-    lfru_hits, belady_hits = (int(hits_L[names.index(name), b].sum()) for name in _BASELINES)
+    lfru_hits, belady_hits = (known[name][b] for name in _BASELINES)
     miss_bytes = bound_s = serial_s = floor_bytes = None
     if spec.expert_bytes_per_layer is not None:
         bytes_L = torch.tensor(spec.expert_bytes_per_layer)

@@ -14,24 +14,26 @@ from data.importers.catalog import TRACES, trace_files
 from data.importers.common import Peek, peek
 from data.schema import TraceList, TraceSet
 
-FORMATS: Mapping[str, tuple[Callable[[Peek], bool], Callable[[Path], TraceList]]] = {
+# How to tell a format, and how to read it: some do not say E, and take it as `num_experts`.
+FORMATS: Mapping[str, tuple[Callable[[Peek], bool], Callable[..., TraceList]]] = {
     "per-token npz": (per_token_npz.recognises, per_token_npz.read_per_token_npz),
     "vLLM routed_experts npz or npy": (vllm.recognises, vllm.read_vllm),
     "BigMoeOnEdge route csv": (
         bigmoe_route.recognises,
-        lambda path: bigmoe_route.read_bigmoe_route(path).traces,
+        lambda path, **_: bigmoe_route.read_bigmoe_route(path).traces,
     ),
-    "MoELens jsonl": (moelens.recognises, moelens.read_moelens),
+    "MoELens jsonl": (moelens.recognises, lambda path, **_: moelens.read_moelens(path)),
 }
 
 
-def load_traces(where: str | Path) -> TraceSet:
+def load_traces(where: str | Path, *, num_experts: int | None = None) -> TraceSet:
     """Open any traces by name or path.
 
     Args:
         where: A name of `catalog.TRACES`, which lie in the folder MOECAST_DATA; or a path: the
             folder of a trace store, or a file of one of `FORMATS`, told by its content. A path that
             is spelt like a name needs a ``./``.
+        num_experts: E, for files that do not say it: else those take the highest id + 1.
 
     Raises:
         ValueError: There is no such name or path, or the file is of no format that we know.
@@ -39,7 +41,7 @@ def load_traces(where: str | Path) -> TraceSet:
     """
     if where in TRACES:
         name = str(where)
-        return _concatenate(name, [_read_file(file) for file in trace_files(name)])
+        return _concatenate(name, [_read_file(file, num_experts) for file in trace_files(name)])
     path = Path(where)
     if path.is_dir():
         if not (path / "manifest.json").exists():
@@ -52,14 +54,14 @@ def load_traces(where: str | Path) -> TraceSet:
         raise ValueError(
             f"trace {str(where)!r}: no such file or folder, and no name; names are {list(TRACES)}"
         )
-    return _read_file(path)
+    return _read_file(path, num_experts)
 
 
-def _read_file(path: Path) -> TraceList:
+def _read_file(path: Path, num_experts: int | None) -> TraceList:
     content = peek(path)
     for recognises, read in FORMATS.values():
         if recognises(content):
-            return read(path)
+            return read(path, num_experts=num_experts)
     raise ValueError(
         f"trace {path}: not of a format that we read; those are {list(FORMATS)}, "
         "and the folder of a trace store"

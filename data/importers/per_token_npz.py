@@ -47,13 +47,17 @@ def token_id_of(text: str) -> int:
     return _FIRST_TEXT_ID + int.from_bytes(digest) % (2**31 - _FIRST_TEXT_ID)
 
 
-def read_per_token_npz(path: Path) -> TraceList:
+def read_per_token_npz(path: Path, *, num_experts: int | None = None) -> TraceList:
     """Read one npz and the files beside it; experts stand in the order of the file.
 
     ``token_ids_P`` are `token_id_of` the token strings, not the model's ids: equal tokens have
     equal ids in every such file, and that is all. ``prompt`` is the rendered prompt, chat template
     included, joined from the token strings; a character that the tokenizer cut in two shows as
     U+FFFD.
+
+    Args:
+        path: The npz.
+        num_experts: E, where ``X.info.json`` does not say.
 
     Raises:
         DamagedFileError: An array is unreadable, or they contradict each other.
@@ -67,9 +71,11 @@ def read_per_token_npz(path: Path) -> TraceList:
         path.with_name(stem + suffix) for suffix in (".info.json", ".seqs.jsonl", ".vocab.json")
     )
     info = _read_json(info_path) if info_path.exists() else {}
-    if "num_experts" not in info:
+    if "num_experts" in info:
+        num_experts = int(info["num_experts"])
+    elif num_experts is None:
         logger.warning("%s does not say num_experts: taking the highest id + 1", path)
-    num_experts = int(info.get("num_experts", arrays["experts"].max() + 1))
+        num_experts = int(arrays["experts"].max(initial=0)) + 1
     ids_NLK = compact_ids(arrays["experts"], num_experts, path)
     probs_NLK = arrays.get("probs")
     if probs_NLK is not None and probs_NLK.shape != ids_NLK.shape:

@@ -70,6 +70,8 @@ def _draw_hit_ratio(axes: Axes, evaluation: Mapping[str, Any]) -> None:
     colours = _colours(evaluation)
     curves: dict[tuple[str, str | None], list[tuple[float, float]]] = {}
     for row in evaluation["replay"]:
+        if row["policy"] not in dashes and row["policy"] != "forecast":
+            continue  # the leaderboard has them all
         curve = curves.setdefault((row["policy"], row["predictor"]), [])
         curve.append((100 * row["residency"], 100 * row["hit_ratio"]))
     for (policy, predictor), points in curves.items():

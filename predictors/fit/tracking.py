@@ -16,7 +16,11 @@ class Tracker(Protocol):
     """A run's notebook: start it, log to it, finish it (always, also after a failure)."""
 
     def start(self, config: Mapping[str, Any], *, run_dir: Path, name: str) -> None:
-        """Open the run; ``config`` is the resolved configuration with digests and hardware."""
+        """Open the run; ``config`` is the resolved configuration with hardware and versions."""
+        ...
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add to the configuration what is known only later: the digests of what was made."""
         ...
 
     def log(self, metrics: Mapping[str, float | None]) -> None:
@@ -36,6 +40,9 @@ class NullTracker:
     """Tracks nothing."""
 
     def start(self, config: Mapping[str, Any], *, run_dir: Path, name: str) -> None:
+        """Do nothing."""
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
         """Do nothing."""
 
     def log(self, metrics: Mapping[str, float | None]) -> None:
@@ -86,6 +93,11 @@ class WandbTracker:
             settings=wandb.Settings(silent=True, console="off"),
         )
         log.info("W&B run %s (%s) in %s", self._run.id, self._run.settings.mode, run_dir)
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Add to the run's configuration; what is there under the same name is replaced."""
+        assert self._run is not None, "start comes before describe"
+        self._run.config.update(dict(facts), allow_val_change=True)
 
     def log(self, metrics: Mapping[str, float | None]) -> None:
         """Record the metrics that were measured."""

@@ -113,6 +113,13 @@ def test_missing_information_is_guessed_aloud(
     assert "does not say num_experts" in caplog.text
 
 
+def test_who_knows_the_model_may_say_how_many_experts_it_has(tmp_path: Path) -> None:
+    """A short trace need not touch the last expert, and would be taken for another model's."""
+    path = write(tmp_path, arrays())
+    path.with_name("x.info.json").unlink(missing_ok=True)
+    assert read_per_token_npz(path, num_experts=64).spec.num_experts == 64
+
+
 def test_more_than_256_experts_need_int16(tmp_path: Path) -> None:
     experts = arrays()["experts"].astype(np.int64)
     experts[0, 0, 0] = 299

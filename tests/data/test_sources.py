@@ -345,6 +345,21 @@ def test_a_whole_topic_can_be_held_out(two_domains: Path) -> None:
     assert held_out.digest != plain.digest
 
 
+def test_another_seed_draws_another_split_and_has_another_digest(two_domains: Path) -> None:
+    sources = [TraceFile(path=str(two_domains), split_seed=seed) for seed in range(6)]
+    assert len({source.digest for source in sources}) == 6
+    splits = [source.load().split for source in sources]
+    assert all(Counter(split.values()) == {"fit": 7, "val": 1, "test": 2} for split in splits)
+    assert len({tuple(split.items()) for split in splits}) > 1
+    again = TraceFile(path=str(two_domains), split_seed=3)
+    assert (again.load().split, again.digest) == (splits[3], sources[3].digest)
+
+
+def test_a_negative_seed_is_refused() -> None:
+    with pytest.raises(ValueError, match="split_seed=-1"):
+        TraceFile(path="gptoss20b", split_seed=-1)
+
+
 # --- configuration ---
 
 

@@ -10,10 +10,12 @@ import torch
 from data.errors import SpecMismatchError
 from data.schema import TraceList
 from predictors.base import Forecast
-from predictors.metrics import ReliabilityCount, evaluate_recall
+from predictors.metrics import evaluate_recall
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
+from predictors.prefetch_budget import experts_per_layer_of
+from predictors.reliability import ReliabilityCount
 from predictors.semantic import Semantic
 from tests.predictors.fakes import (
     SPEC,
@@ -182,3 +184,52 @@ def test_lookaheads_hold_one_and_nothing_below(lookaheads: tuple[int, ...]) -> N
 def test_nothing_to_judge_is_an_error() -> None:
     with pytest.raises(ValueError, match="no token to judge.*'val'"):
         evaluate_recall(ScriptedPredictor([says(0)]), one_test_trace(0), split="val")
+
+
+def test_prefetch_counts_what_was_fetched_for_nothing() -> None:
+    spec = replace(SPEC, expert_bytes_per_layer=(10, 100))
+    traces = replace(one_test_trace(0, 1, 2, 3), spec=spec)
+    report = evaluate_recall(ScriptedPredictor([says(0, 1), says(1), says(1), says(3)]), traces)
+    one, two = report.prefetch[:2]
+    assert (one.experts_per_layer, one.issued, one.used, one.wasted) == (1, 8, 6, 2)
+    assert one.coverage == report.recall == 0.75
+    assert one.issued_bytes_per_token == 110.0
+    assert one.wasted_bytes_per_token == 110.0 / 4
+    assert (two.issued, two.used) == (16, 6)
+    assert [entry.experts_per_layer for entry in report.prefetch] == [1, 2, 3]
+
+
+def test_nothing_is_prefetched_before_there_is_a_forecast() -> None:
+    report = evaluate_recall(ScriptedPredictor([None, says(1)]), one_test_trace(1, 1))
+    assert (report.prefetch[0].issued, report.prefetch[0].used) == (2, 2)
+    assert report.prefetch[0].coverage == 0.5
+    assert report.prefetch[0].wasted_bytes_per_token is None
+
+
+def test_recall_further_ahead_is_told_per_layer() -> None:
+    predictor = ScriptedPredictor([says(0, later=1), says(1), says(1), says(3)])
+    report = evaluate_recall(predictor, one_test_trace(0, 1, 2, 3), lookaheads=(1, 2))
+    assert set(report.recall_by_lookahead_and_layer) == {1, 2}
+    for ahead, recall_L in report.recall_by_lookahead_and_layer.items():
+        assert np.mean(recall_L) == pytest.approx(report.recall_by_lookahead[ahead])
+
+
+def test_a_forecast_that_is_no_number_is_named() -> None:
+    bad = says(1)
+    bad.next_LE[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"request 'a': the forecast before row 2 holds NaN"):
+        evaluate_recall(ScriptedPredictor([says(0), says(1), bad]), one_test_trace(0, 1, 2, 3))
+
+
+def test_a_prefetch_budget_is_checked() -> None:
+    assert experts_per_layer_of(SPEC) == SPEC.top_k
+    sized = replace(SPEC, expert_bytes_per_layer=(10, 100))
+    assert experts_per_layer_of(sized, bytes_per_token=250) == 2
+    assert experts_per_layer_of(sized, bytes_per_token=10_000) == 3
+    for arguments, message in (
+        ({"experts": 4}, r"1\.\.3"),
+        ({"bytes_per_token": 100}, "less than one expert"),
+        ({"experts": 1, "bytes_per_token": 200}, "not both"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experts_per_layer_of(sized, **arguments)

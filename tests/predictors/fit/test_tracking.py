@@ -31,6 +31,18 @@ def test_two_runs_in_one_process_do_not_share_a_run(tmp_path: Path) -> None:
     assert len(run_folders(tmp_path)) == 2
 
 
+def test_a_run_knows_what_became_known_later(tmp_path: Path) -> None:
+    """Digests come with the stages; a second one of the same name replaces the first."""
+    tracker = WandbTracker(project="test")
+    tracker.start({"seed": 3, "hardware": {"cores": 2}}, run_dir=tmp_path, name="run")
+    tracker.describe({"digests": {"traces": "aa"}})
+    tracker.describe({"digests": {"traces": "aa", "fitted": "bb"}})
+    config = dict(tracker._run.config)
+    tracker.finish()
+    assert config["digests"] == {"traces": "aa", "fitted": "bb"}
+    assert (config["seed"], config["hardware"]) == (3, {"cores": 2})
+
+
 def test_missing_wandb_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="logger=none"):
@@ -40,6 +52,7 @@ def test_missing_wandb_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_null_tracker_writes_nothing(tmp_path: Path) -> None:
     tracker = NullTracker()
     tracker.start({}, run_dir=tmp_path, name="run")
+    tracker.describe({"digests": {}})
     tracker.log({"fit/seconds": 1.0})
     tracker.log_plots({"plot": tmp_path / "plot.png"})
     tracker.finish()
