@@ -33,10 +33,11 @@ def fit(model: Any, fit_NLE: torch.Tensor, val_NLE: torch.Tensor, **options: Any
 
 @pytest.mark.parametrize("form", ["A", "L"])
 def test_a_stream_that_repeats_is_learned_to_the_last_bit(form: str) -> None:
+    torch.manual_seed(0)
     model = net(form)
-    trained = fit(model, stream_NLE(40), stream_NLE(12))
+    trained = fit(model, stream_NLE(40), stream_NLE(12), epochs=8)
     assert trained.val_losses[-1] < 0.1 < trained.val_losses[0] < 0.6
-    assert trained.num_steps == 4 * 1024 // 64
+    assert trained.num_steps == 8 * 1024 // 64
 
 
 def test_windows_end_before_their_target() -> None:
