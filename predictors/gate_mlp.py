@@ -1,0 +1,516 @@
+"""Gate MLP: what the routers of the coming layers will choose, learned from this layer's input.
+
+It starts where `router_reuse` is and adds what a small network learns of what lies between: the
+experts and the attention of the layers in between. Ours; ProMoE's per-layer predictors are the
+nearest. Training is in `predictors.fit.gate_mlp`, the network in `predictors.gate_net`.
+
+Shape letters: U units (`gate_net`) · T tokens · N tokens of several requests · L MoE layers ·
+E experts per layer · K experts per token · D hidden · H layers ahead · X what is left flat.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from data.errors import SpecMismatchError
+from data.router_inputs import LiveInputs, RoutedTokens, RouterInputs
+from data.routers import input_embedding
+from data.schema import MoESpec, TraceSet
+from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, WalkedLayers
+from predictors.calibrate import Calibration, fit_calibration
+from predictors.gate_net import (
+    EMBEDDING,
+    GateNet,
+    Units,
+    gathered,
+    previous,
+    sparse_map,
+    unit_length,
+    windows,
+)
+from predictors.router_reuse import BoundModel, needed
+
+Variant = Literal["residual", "independent"]
+INPUTS = ("source", "earlier", "probs", "previous_map", "previous_error")
+_LEAST = 1e-30  # of a probability, before its logarithm
+_MOST_ERROR = 5.0  # logits; beyond, an expert is merely far off
+
+
+@dataclass(slots=True)
+class GateState(State):
+    """One request's past.
+
+    Attributes:
+        recent_ids: Ids of the latest tokens that passed all layers; None where unknown.
+        coming_ids: Ids that are known to be fed next.
+        last_map_LE: The latest token's map, as `gate_net.sparse_map`; None before there is one.
+        passing: Of each layer that the current forward pass has routed: its input (unit length),
+            probabilities and base ranking, for the last token.
+        passed: The same of the pass before.
+        earlier_TD: The router input (unit length) of the layer before, all tokens of the pass.
+    """
+
+    recent_ids: list[int | None] = field(default_factory=list)
+    coming_ids: list[int] = field(default_factory=list)
+    last_map_LE: Tensor | None = None
+    passing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    passed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    earlier_TD: Tensor | None = None
+
+
+class GateMLP(Predictor):
+    """A network per layer that corrects `router_reuse`, and one that knows the token's embedding.
+
+    Layer l's unit reads, all known when layer l has routed: its router input and that of the layer
+    before; its probabilities; the embeddings of this token and of those before it; what the
+    previous token used in the target layers; and how far router reuse was off there for the
+    previous token. Before layer 0, all layers are forecast from the embeddings and the previous
+    token's map, so layer 0 is served, and recorded traces suffice for that moment.
+
+    In a prompt's forward pass all tokens go through a layer together: what depends on the previous
+    token's later layers is unknown there, and left at zero.
+
+    Args:
+        variant: "residual" adds to router reuse, one trunk for all targets of a layer;
+            "independent" ranks from scratch with a network for each pair of layers (ProMoE's way).
+        lookahead: H, at least 1.
+        width: Of the networks' hidden layers.
+        inputs: Which of `INPUTS` are read; token embeddings always are.
+        context_tokens: Embeddings read: the token's own and those before it.
+        loss: A name of `predictors.fit.gate_mlp.LOSSES`.
+        steps: Training steps.
+        max_seconds: Ends training earlier; None does not.
+        batch_tokens: Tokens of a step, at most; a longer request is a step by itself.
+        learning_rate: At its highest.
+        averaging: Decay of the moving average of the weights that is kept.
+        seed: Of weights and order.
+        gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
+        trainer: Keyword arguments of `lightning.Trainer`; where it is trained is no part of it.
+    """
+
+    kind: ClassVar[str] = "gate_mlp"
+    moments: ClassVar[frozenset[Moment]] = frozenset({"request", "token", "layer"})
+    needs_model: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        *,
+        variant: Variant = "residual",
+        lookahead: int = 4,
+        width: int = 256,
+        inputs: Sequence[str] = INPUTS,
+        context_tokens: int = 4,
+        loss: str = "rank",
+        steps: int = 1000,
+        max_seconds: float | None = None,
+        batch_tokens: int = 2048,
+        learning_rate: float = 2e-3,
+        averaging: float = 0.99,
+        seed: int = 0,
+        gamma: float = 0.95,
+        trainer: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(gamma=gamma)
+        if variant not in ("residual", "independent"):
+            raise ValueError(f"variant={variant!r}: must be 'residual' or 'independent'")
+        counts = {
+            "lookahead": lookahead,
+            "width": width,
+            "context_tokens": context_tokens,
+            "steps": steps,
+            "batch_tokens": batch_tokens,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise ValueError(f"{name}={value}: must be at least 1")
+        if unknown := sorted(set(inputs) - set(INPUTS)):
+            raise ValueError(f"inputs={list(inputs)}: unknown {unknown}; there are {list(INPUTS)}")
+        if learning_rate <= 0:
+            raise ValueError(f"learning_rate={learning_rate}: must be above 0")
+        if not 0.0 <= averaging < 1.0:
+            raise ValueError(f"averaging={averaging}: must be in [0, 1)")
+        if max_seconds is not None and max_seconds <= 0:
+            raise ValueError(f"max_seconds={max_seconds}: must be above 0, or null")
+        self.variant = variant
+        self.lookahead = lookahead
+        self.width = width
+        self.inputs = tuple(name for name in INPUTS if name in inputs)
+        self.context_tokens = context_tokens
+        self.loss = loss
+        self.steps = steps
+        self.max_seconds = max_seconds
+        self.batch_tokens = batch_tokens
+        self.learning_rate = learning_rate
+        self.averaging = averaging
+        self.seed = seed
+        self._trainer = trainer
+        self._bound: BoundModel | None = None
+        self._embedding: nn.Embedding | None = None
+        self._net: GateNet | None = None
+        self._learned: Mapping[str, Tensor] = {}
+        self._popularity_LE = torch.zeros(0, 0)
+        self._calibration = Calibration.identity()
+
+    def bind(self, model: nn.Module) -> None:
+        """Take the model whose routers and embeddings are read; the network moves to its device.
+
+        Raises:
+            NotAMoEError, ValueError: It has no routers, or they or its embedding cannot be read.
+            SpecMismatchError: It is not the one that it was fitted for.
+        """
+        bound = BoundModel(model)
+        bound.check(self.kind, self.spec, self._learned.get("router_digest_32"))
+        self._embedding = input_embedding(model)
+        self._bound = bound
+        if self._net is not None:
+            self._net.to(self._device)
+
+    def fit(self, traces: TraceSet) -> FitReport:
+        """Train while the bound model runs over the traces' tokens; calibrate on "val".
+
+        Raises:
+            SpecMismatchError: The traces are of another model than the bound one.
+            ValueError: They have no token ids, or as `fit_inputs`.
+        """
+        start_s = time.perf_counter()
+        bound = needed(self._bound, self.kind)
+        report = self.fit_inputs(
+            LiveInputs.of_traces(bound.model, traces, max_batch_tokens=self.batch_tokens)
+        )
+        self._calibration, details = fit_calibration(self, traces)
+        report.fit_s = time.perf_counter() - start_s
+        report.details |= details
+        return report
+
+    def fit_inputs(self, inputs: RouterInputs) -> FitReport:
+        """Train on the requests of split "fit", keep what is best on those of split "val".
+
+        Args:
+            inputs: Router inputs of the bound model.
+
+        Raises:
+            SpecMismatchError: They are another model's.
+            ValueError: A split is empty, an input is not finite, or there is nothing to learn.
+        """
+        # Lightning is a training machine's; serving must not import it.
+        from predictors.fit.gate_mlp import fit_gate
+
+        start_s = time.perf_counter()
+        bound = needed(self._bound, self.kind)
+        if difference := bound.spec.mismatch(inputs.spec):
+            raise SpecMismatchError(
+                f"router inputs are of another model than the bound one: {difference}"
+            )
+        self.spec = bound.spec
+        self._calibration = Calibration.identity()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            self._net = self._new_net().to(self._device)
+        fitted = fit_gate(
+            self._net,
+            self.read,
+            self._units(),
+            inputs,
+            loss=self.loss,
+            steps=self.steps,
+            max_seconds=self.max_seconds,
+            learning_rate=self.learning_rate,
+            averaging=self.averaging,
+            has_base=self.variant == "residual",
+            seed=self.seed,
+            trainer=self._trainer,
+        )
+        self._net.to(self._device)
+        self._popularity_LE = fitted.use_LE.cpu()
+        self._learned = {"router_digest_32": bound.digest_32}
+        return FitReport(
+            fitted.num_requests, fitted.num_tokens, time.perf_counter() - start_s, fitted.details
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers learned."""
+        return sum(parameter.numel() for parameter in self._network().parameters())
+
+    def new_state(self) -> GateState:
+        """An empty past."""
+        return GateState()
+
+    def on_request(self, state: State, request: Request) -> Forecast | None:
+        """Forecast the first token from its own embedding; None if its id is not known."""
+        assert isinstance(state, GateState)
+        self._network()
+        if request.token_ids_P is None:
+            return None
+        state.coming_ids = request.token_ids_P.tolist()
+        return self._before(state)
+
+    def on_token(
+        self,
+        state: State,
+        expert_map_LE: Tensor,
+        *,
+        token_id: int | None = None,
+        next_token_id: int | None = None,
+    ) -> Forecast | None:
+        """Forecast all layers of the next token from its embedding; the last word if id unknown."""
+        assert isinstance(state, GateState)
+        state.num_tokens += 1
+        state.recent_ids = [*state.recent_ids, token_id][-self.context_tokens :]
+        state.coming_ids = state.coming_ids[1:]
+        if next_token_id is not None and state.coming_ids[:1] != [next_token_id]:
+            state.coming_ids = [next_token_id]
+        top_k = self.fitted_spec().top_k
+        state.last_map_LE = sparse_map(expert_map_LE.to(self._device), top_k)
+        return self._before(state)
+
+    @torch.no_grad()
+    def on_layer(
+        self, state: State, layer: int, router_input_TD: Tensor, router_probs_TE: Tensor
+    ) -> Tensor | None:
+        """The next layers' use by these tokens, from all that is known of them by now."""
+        assert isinstance(state, GateState)
+        spec, net = self.fitted_spec(), self._network()
+        if layer == 0:
+            state.passed, state.passing = state.passing, {}
+            state.earlier_TD = None
+        input_TD = unit_length(router_input_TD)
+        if layer == spec.num_layers - 1:
+            state.passing[layer] = (router_probs_TE[-1], router_probs_TE[:0])
+            return None
+        all_units = self._units()
+        units = all_units.slice_of(layer)
+        targets = all_units.target_UH()[units]
+        base_UTHE = self._base(router_input_TD, all_units.targets[units])
+        values = {
+            "shared_tokens": self._window(state, len(input_TD)),
+            "source": input_TD[None],
+            "earlier": (
+                torch.zeros_like(input_TD) if state.earlier_TD is None else state.earlier_TD
+            )[None],
+            "probs": router_probs_TE.sqrt()[None],
+            "previous_map": _first_row(self._previous_map(state, targets), len(input_TD)),
+            "previous_error": _first_row(self._previous_error(state, layer, targets), len(input_TD)),
+        }
+        state.earlier_TD = input_TD
+        state.passing[layer] = (router_probs_TE[-1], base_UTHE[:, -1])
+        scores_UTHE = net(values, self._used_base(base_UTHE), units)
+        return self._ahead(all_units, layer, scores_UTHE.softmax(-1))
+
+    @torch.no_grad()
+    def walk_layers(self, tokens: RoutedTokens) -> WalkedLayers:
+        """All tokens and layers at once."""
+        spec, net, units = self.fitted_spec(), self._network(), self._units()
+        device = tokens.starts_N.device
+        values, base_UNHE = self.read(tokens.to(self._device))
+        said_UNHE = net(values, base_UNHE).softmax(-1).to(device)
+        num_tokens = len(tokens.starts_N)
+        nothing_NHE = said_UNHE.new_full(
+            (num_tokens, self.lookahead, spec.num_experts), torch.nan
+        )
+        ahead = [
+            self._ahead(units, layer, said_UNHE[units.slice_of(layer)])
+            for layer in range(spec.num_layers - 1)
+        ]
+        before_NLE = self._all_layers(units, said_UNHE[units.slice_of(EMBEDDING)])
+        before_NLE = self._calibration((spec.top_k * before_NLE).cpu())
+        return WalkedLayers(before_NLE, torch.stack([*ahead, nothing_NHE]))
+
+    @torch.no_grad()
+    def read(self, tokens: RoutedTokens) -> tuple[dict[str, Tensor], Tensor]:
+        """What the network reads of decoded tokens, and the base that it corrects [U, N, H, E]."""
+        if tokens.router_input_LND is None:
+            raise ValueError(f"predictor {self.kind!r} needs router inputs, and there are none")
+        spec, units = self.fitted_spec(), self._units()
+        starts_N, probs_LNE = tokens.starts_N, tokens.router_probs_LNE
+        target_UH = units.target_UH().to(starts_N.device)
+        inputs_LND = unit_length(tokens.router_input_LND)
+        base_UNHE = torch.zeros(
+            len(units.sources), len(starts_N), *(target_UH.shape[1], spec.num_experts),
+            device=starts_N.device,
+        )  # fmt: skip
+        for source in range(spec.num_layers - 1):
+            part = units.slice_of(source)
+            base_UNHE[part] = self._base(tokens.router_input_LND[source], units.targets[part])
+        values = {
+            "shared_tokens": windows(
+                self._embedded(tokens.token_ids_N), starts_N, self.context_tokens
+            )[None],
+            "source": gathered(inputs_LND, units.sources),
+            "earlier": gathered(inputs_LND, [max(s - 1, EMBEDDING) for s in units.sources]),
+            "probs": gathered(probs_LNE.sqrt(), units.sources),
+        }
+        if "previous_map" in self.inputs:
+            map_LNE = previous(sparse_map(probs_LNE, spec.top_k), starts_N, dim=1)
+            values["previous_map"] = map_LNE[target_UH].transpose(1, 2).flatten(2)
+        if "previous_error" in self.inputs:
+            logs_UNHE = probs_LNE.clamp_min(_LEAST).log()[target_UH].transpose(1, 2)
+            error_UNHE = (logs_UNHE - base_UNHE).clamp(-_MOST_ERROR, _MOST_ERROR)
+            error_UNHE[units.slice_of(EMBEDDING)] = 0.0
+            values["previous_error"] = previous(error_UNHE, starts_N, dim=1).flatten(2)
+        return values, self._used_base(base_UNHE)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, without where it is trained."""
+        names = (
+            "variant lookahead width context_tokens loss steps max_seconds batch_tokens "
+            "learning_rate averaging seed gamma"
+        )
+        return {"inputs": list(self.inputs)} | {name: getattr(self, name) for name in names.split()}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The network's weights, popularity, calibration and which checkpoint's routers these are."""
+        if self._net is None:
+            return {}
+        weights = {f"net.{k}": v.detach().cpu() for k, v in self._net.state_dict().items()}
+        return {
+            **weights,
+            **self._learned,
+            "popularity_LE": self._popularity_LE,
+            **self._calibration.tensors(),
+        }
+
+    def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
+        """Inverse of `tensors`; `bind` follows."""
+        self.spec = spec
+        self._learned = {"router_digest_32": tensors["router_digest_32"]}
+        self._popularity_LE = tensors["popularity_LE"]
+        self._calibration = Calibration.from_tensors(tensors)
+        weights = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}
+        sizes = {
+            name.removeprefix("read."): int(weight.shape[1])
+            for name, weight in weights.items()
+            if name.startswith("read.")
+        }
+        self._net = self._net_of(sizes)
+        self._net.load_state_dict(weights)
+
+    @property
+    def _device(self) -> torch.device:
+        device: torch.device = needed(self._bound, self.kind).model.device
+        return device
+
+    def _network(self) -> GateNet:
+        self.fitted_spec()
+        needed(self._bound, self.kind)
+        assert self._net is not None
+        return self._net
+
+    def _units(self) -> Units:
+        return Units.of(
+            num_layers=self.fitted_spec().num_layers,
+            lookahead=self.lookahead,
+            shared=self.variant == "residual",
+        )
+
+    def _new_net(self) -> GateNet:
+        spec, units = self.fitted_spec(), self._units()
+        assert self._embedding is not None
+        hidden_size = spec.hidden_size
+        assert hidden_size is not None, "read from a model, so known"
+        sizes = {
+            "source": hidden_size,
+            "earlier": hidden_size,
+            "probs": spec.num_experts,
+            "previous_map": units.most_targets * spec.num_experts,
+            "previous_error": units.most_targets * spec.num_experts,
+        }
+        shared = {"shared_tokens": self.context_tokens * self._embedding.embedding_dim}
+        return self._net_of(shared | {name: sizes[name] for name in self.inputs})
+
+    def _net_of(self, input_sizes: Mapping[str, int]) -> GateNet:
+        units = self._units()
+        return GateNet(
+            num_units=len(units.sources),
+            num_targets=units.most_targets,
+            num_experts=self.fitted_spec().num_experts,
+            input_sizes=input_sizes,
+            width=self.width,
+        )
+
+    def _base(self, router_input_TD: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
+        """float32 [U, T, H, E]: router reuse for the targets of some units of one source."""
+        routers = needed(self._bound, self.kind).routers
+        most = self._units().most_targets
+        base = []
+        for layers in targets:
+            scores = [routers.scores_TE(layer, router_input_TD) for layer in layers]
+            base.append(torch.stack(scores + [scores[-1]] * (most - len(scores)), dim=1))
+        return torch.stack(base)
+
+    def _used_base(self, base_UNHE: Tensor) -> Tensor:
+        return base_UNHE if self.variant == "residual" else torch.zeros_like(base_UNHE)
+
+    def _embedded(self, token_ids_N: Tensor) -> Tensor:
+        assert self._embedding is not None
+        return unit_length(self._embedding.weight.detach()[token_ids_N])
+
+    def _window(self, state: GateState, num_tokens: int) -> Tensor:
+        """float32 [1, T, W*D]: the embeddings around each token of a forward pass; 0 if unknown."""
+        known = [*state.recent_ids, *state.coming_ids[:num_tokens]]
+        known += [None] * (len(state.recent_ids) + num_tokens - len(known))
+        ids = torch.tensor([-1 if i is None else i for i in known], device=self._device)
+        embedded = self._embedded(ids.clamp_min(0)).masked_fill(ids[:, None] < 0, 0.0)
+        starts = torch.arange(len(ids), device=ids.device) == 0
+        return windows(embedded, starts, self.context_tokens)[None, -num_tokens:]
+
+    def _previous_map(self, state: GateState, target_UH: Tensor) -> Tensor:
+        """float32 [U, H*E]."""
+        spec = self.fitted_spec()
+        map_LE = state.last_map_LE
+        if map_LE is None:
+            map_LE = torch.zeros(spec.num_layers, spec.num_experts, device=self._device)
+        return map_LE[target_UH.to(map_LE.device)].flatten(1)
+
+    def _previous_error(self, state: GateState, layer: int, target_UH: Tensor) -> Tensor:
+        """float32 [U, H*E]."""
+        spec = self.fitted_spec()
+        if len(state.passed) < spec.num_layers:
+            return torch.zeros(*target_UH.shape, spec.num_experts, device=self._device).flatten(1)
+        probs_LE = torch.stack([state.passed[i][0] for i in range(spec.num_layers)])
+        logs_UHE = probs_LE.clamp_min(_LEAST).log()[target_UH.to(probs_LE.device)]
+        error_UHE = logs_UHE - state.passed[layer][1]
+        return error_UHE.clamp(-_MOST_ERROR, _MOST_ERROR).flatten(1)
+
+    @torch.no_grad()
+    def _before(self, state: GateState) -> Forecast | None:
+        """The forecast of the token that is known to come next."""
+        if not state.coming_ids:
+            return state.forecast
+        net, units = self._network(), self._units()
+        spec, part = self.fitted_spec(), self._units().slice_of(EMBEDDING)
+        target_UH = units.target_UH()[part]
+        zeros_11X = torch.zeros(1, 1, 1, device=self._device)
+        values = {name: zeros_11X.expand(1, 1, net.read[name].shape[1]) for name in self.inputs}
+        values["shared_tokens"] = self._window(state, 1)
+        values["previous_map"] = self._previous_map(state, target_UH)[:, None]
+        base = torch.zeros(*target_UH.shape, spec.num_experts, device=self._device)[:, None]
+        next_NLE = self._all_layers(units, net(values, base, part).softmax(-1))
+        next_LE = self._calibration((spec.top_k * next_NLE[0]).cpu())
+        later_LE = self._popularity_LE * (self.gamma / (1.0 - self.gamma))
+        state.forecast = Forecast(next_LE, next_LE + later_LE)
+        return state.forecast
+
+    def _all_layers(self, units: Units, said_UNHE: Tensor) -> Tensor:
+        """[N, L, E] from the units of the embedding."""
+        part = units.slice_of(EMBEDDING)
+        parts = zip(said_UNHE, units.targets[part], strict=True)
+        return torch.cat([said_NHE[:, : len(targets)] for said_NHE, targets in parts], dim=1)
+
+    def _ahead(self, units: Units, layer: int, said_UNHE: Tensor) -> Tensor:
+        """[N, lookahead, E] from the units of a layer, NaN beyond the last layer."""
+        parts = zip(said_UNHE, units.targets[units.slice_of(layer)], strict=True)
+        said_NHE = torch.cat([part[:, : len(targets)] for part, targets in parts], dim=1)
+        shape = (said_NHE.shape[0], self.lookahead - said_NHE.shape[1], said_NHE.shape[2])
+        return torch.cat([said_NHE, said_NHE.new_full(shape, torch.nan)], dim=1)
+
+
+def _first_row(values_UX: Tensor, num_tokens: int) -> Tensor:
+    """[U, T, X]: known for the first token of a pass; the others' predecessors are on their way."""
+    rows_UTX = values_UX.new_zeros(len(values_UX), num_tokens, values_UX.shape[1])
+    rows_UTX[:, 0] = values_UX
+    return rows_UTX
