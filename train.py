@@ -33,6 +33,8 @@ from data.collect import run as run_collection
 from data.collect import store_name
 from data.errors import MoecastError
 from data.files import digest_json, write_json
+from data.models import load_model
+from data.router_inputs import LiveInputs
 from data.schema import TraceSet
 from data.sources import TraceFile
 from data.store import CollectSettings, TraceStore
@@ -40,6 +42,7 @@ from predictors.artifact import artifact_digest, load_artifact, read_manifest, s
 from predictors.base import FitReport, Predictor
 from predictors.fit.report import format_table, summary_rows, write_html, write_plots
 from predictors.fit.tracking import Tracker
+from predictors.layer_metrics import evaluate_layer_recall
 from predictors.registry import PREDICTORS, predictor_class
 from runtime.evaluate import judge
 
@@ -64,6 +67,22 @@ class Pipeline:
         self.cfg = cfg
         self.folders = {name: Path(path) for name, path in plain(cfg.paths).items()}
         self.seconds: dict[str, float] = {}
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The model itself, loaded when it is first asked for, on a GPU if there is one."""
+        if self._model is None:
+            what = self.cfg.model
+            self._model, _ = load_model(what.id, dtype=what.dtype, revision=what.revision)
+            self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._model
+
+    def bound(self, predictor: Predictor) -> Predictor:
+        """The same predictor, holding the model if it reads that."""
+        if predictor.needs_model:
+            predictor.bind(self.model)
+        return predictor
 
     @contextmanager
     def stage(self, name: str, result: Path) -> Iterator[bool]:
@@ -117,7 +136,7 @@ class Pipeline:
         folder = self.folders["fitted"] / f"{predictor.kind}-{digest_json(inputs)[:12]}"
         with self.stage("fit", folder / "manifest.json") as must_make:
             if must_make:
-                report = predictor.fit(traces)
+                report = self.bound(predictor).fit(traces)
                 save_artifact(
                     predictor,
                     folder,
@@ -125,7 +144,7 @@ class Pipeline:
                     parents={"traces": traces.digest, "inputs": digest_json(inputs)},
                     fit_report=report,
                 )
-            return load_artifact(folder, expect=traces.spec), folder
+            return self.bound(load_artifact(folder, expect=traces.spec)), folder
 
     def evaluate(self, predictor: Predictor, fitted: Path, traces: TraceSet) -> dict[str, Any]:
         """What the predictor is worth beside the baselines."""
@@ -144,12 +163,20 @@ class Pipeline:
                 torch.set_num_threads(1)  # a cache's tensors are too small to share
                 contenders = {predictor.kind: predictor}
                 for name in baselines:
-                    contenders[name] = PREDICTORS[name]()
+                    contenders[name] = self.bound(PREDICTORS[name]())
                     contenders[name].fit(traces)
+                judged = judge(contenders, traces, **settings)
+                for name, contender in contenders.items():
+                    if "layer" in contender.moments:
+                        judged["predictors"][name]["layer_recall"] = evaluate_layer_recall(
+                            contender,
+                            LiveInputs.of_traces(self.model, traces).batches("test"),
+                            max_tokens=settings["max_tokens"],
+                        )
                 write_json(
                     result,
                     {
-                        **judge(contenders, traces, **settings),
+                        **judged,
                         "predictor": predictor.kind,
                         "facts": _facts(traces, predictor, fitted),
                     },

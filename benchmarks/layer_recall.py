@@ -7,8 +7,8 @@
 
 Slot recall@K at 1..4 layers ahead on documents that neither fitting nor (for the models that
 `data.tiny_moe.recipe` trains) the model itself has seen, teacher-forced, every token judged as if
-decoded. gate_mlp is trained while the model runs: no hidden state is stored. Each seed draws its own
-weights and order; router_reuse learns nothing and has one number.
+decoded. gate_mlp is trained while the model runs: no hidden state is stored. Each seed draws its
+own weights and order; router_reuse learns nothing and has one number.
 
 Runs where torch, transformers, lightning and pyarrow are installed, on a GPU where there is one.
 Ends with one JSON line; ``out=FILE`` keeps it.
@@ -36,12 +36,12 @@ from data.splits import split_by_topic
 from data.tiny_moe.corpus import encode_documents, read_domains
 from data.tiny_moe.evaluate import windows
 from predictors.base import Predictor, Request
+from predictors.gate_losses import LOSSES
 from predictors.gate_mlp import INPUTS, GateMLP
 from predictors.layer_metrics import evaluate_layer_recall
 from predictors.router_reuse import RouterReuse
 
 TokenIds = dict[Split, list[npt.NDArray[np.integer[Any]]]]
-LOSSES = ("bce", "listwise", "distil", "margin", "rank")
 GOALS = {"1": 5.0, "2": 8.0, "3": 11.0, "4": 13.0}  # points over router_reuse
 TIMED_TOKENS = 64
 
@@ -57,7 +57,7 @@ class Options:
         corpora: Folder of `<domain>.jsonl.zst` files; "" takes the standard library's docstrings.
         max_chars: Characters read per domain; 0 reads all.
         held_out_fraction: Share of each domain's documents to judge on. At 0.03 and all characters
-            these are what the recipe held out; reading less, take less, for these to be among those.
+            they are what the recipe held out; reading less, take less, to stay among those.
         seq_len: Tokens of a window.
         val_windows: Of each domain, at most.
         test_windows: Of each domain, at most.
@@ -112,7 +112,9 @@ def parse_options(arguments: Sequence[str]) -> Options:
     Raises:
         ValueError: A word without `=`, an unknown key or a value of the wrong type.
     """
-    kinds = {field.name: type(field.default) for field in dataclasses.fields(Options)}
+    kinds: dict[str, Any] = {
+        field.name: type(field.default) for field in dataclasses.fields(Options)
+    }
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -216,7 +218,11 @@ def compared(
         recall = spread([fit["by_lookahead"][h] for fit in fits])
         gain = spread([100 * (fit["by_lookahead"][h] - base) for fit in fits])
         layers = [
-            [100 * (a - b) for a, b in zip(fit["by_layer"][h], reuse["by_layer"][h]) if a is not None]
+            [
+                100 * (a - b)
+                for a, b in zip(fit["by_layer"][h], reuse["by_layer"][h], strict=True)
+                if a is not None
+            ]
             for fit in fits
         ]
         worst = spread([min(of_fit) for of_fit in layers])

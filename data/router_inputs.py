@@ -45,7 +45,7 @@ class RoutedTokens:
 
     def to(self, device: torch.device | str) -> "RoutedTokens":
         """The same on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         return RoutedTokens(
             **{name: None if v is None else v.to(device) for name, v in values.items()}
         )
@@ -120,7 +120,9 @@ class RouterInputRecorder:
             raise RuntimeError(f"{len(self._seen)} of {len(self._layers)} routers ran")
         seen = [self._seen[moe.layer] for moe in self._layers]
         self._seen.clear()
-        inputs, probs, ids = (torch.stack([part[rows_N] for part in s]) for s in zip(*seen))
+        inputs, probs, ids = (
+            torch.stack([part[rows_N] for part in parts]) for parts in zip(*seen, strict=True)
+        )
         return inputs, probs, ids.long()
 
     def _hook(self, moe: MoELayer) -> Any:
@@ -198,13 +200,16 @@ class LiveInputs:
 
     def batches(self, split: Split, *, seed: int | None = None) -> Iterator[RoutedTokens]:
         """As in `RouterInputs`; with a seed, requests of similar length still run together."""
-        requests = self._token_ids.get(split, ())
-        groups = self._groups([len(ids) for ids in requests], seed)
-        for group in groups:
-            with RouterInputRecorder(self._model) as recorder:
-                yield self._run([requests[i] for i in group], recorder)
+        for group in self.groups(split, seed=seed):
+            yield self.run(split, group)
 
-    def _groups(self, lengths: Sequence[int], seed: int | None) -> list[list[int]]:
+    def num_tokens(self, split: Split, group: Sequence[int]) -> int:
+        """Tokens of some requests of a split."""
+        return sum(len(self._token_ids[split][i]) for i in group)
+
+    def groups(self, split: Split, *, seed: int | None = None) -> list[list[int]]:
+        """Which requests of a split run together, as places in the split; `run` takes each."""
+        lengths = [len(ids) for ids in self._token_ids.get(split, ())]
         order = np.arange(len(lengths))
         rng = None if seed is None else np.random.default_rng(seed)
         if rng is not None:
@@ -224,9 +229,9 @@ class LiveInputs:
         return groups
 
     @torch.no_grad()
-    def _run(
-        self, requests: Sequence[npt.NDArray[np.integer[Any]]], recorder: RouterInputRecorder
-    ) -> RoutedTokens:
+    def run(self, split: Split, group: Sequence[int]) -> RoutedTokens:
+        """Run the model over some requests of a split, together."""
+        requests = [self._token_ids[split][i] for i in group]
         device = self._model.device
         width = max(len(ids) for ids in requests)
         ids_BP = torch.zeros((len(requests), width), dtype=torch.long)
@@ -238,13 +243,14 @@ class LiveInputs:
         starts_N = (rows_N % width) == 0
         ids_BP, mask_BP, rows_N = ids_BP.to(device), mask_BP.to(device), rows_N.to(device)
         is_padded = bool((lengths_B < width).any())
-        self._model(
-            input_ids=ids_BP,
-            attention_mask=mask_BP.long() if is_padded else None,
-            use_cache=False,
-            logits_to_keep=1,
-        )
-        inputs_LND, probs_LNE, expert_ids_LNK = recorder.take(rows_N)
+        with RouterInputRecorder(self._model) as recorder:
+            self._model(
+                input_ids=ids_BP,
+                attention_mask=mask_BP.long() if is_padded else None,
+                use_cache=False,
+                logits_to_keep=1,
+            )
+            inputs_LND, probs_LNE, expert_ids_LNK = recorder.take(rows_N)
         return RoutedTokens(
             starts_N=starts_N.to(device),
             token_ids_N=ids_BP.flatten()[rows_N],

@@ -100,5 +100,3 @@ def input_embedding(model: Any) -> nn.Embedding:
             "only a plain nn.Embedding can be read"
         )
     return embedding
-
-

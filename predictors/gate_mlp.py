@@ -22,6 +22,7 @@ from data.routers import input_embedding
 from data.schema import MoESpec, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, WalkedLayers
 from predictors.calibrate import Calibration, fit_calibration
+from predictors.gate_losses import LOSSES
 from predictors.gate_net import (
     EMBEDDING,
     GateNet,
@@ -81,7 +82,7 @@ class GateMLP(Predictor):
         width: Of the networks' hidden layers.
         inputs: Which of `INPUTS` are read; token embeddings always are.
         context_tokens: Embeddings read: the token's own and those before it.
-        loss: A name of `predictors.fit.gate_mlp.LOSSES`.
+        loss: A name of `predictors.gate_losses.LOSSES`.
         steps: Training steps.
         max_seconds: Ends training earlier; None does not.
         batch_tokens: Tokens of a step, at most; a longer request is a step by itself.
@@ -129,6 +130,8 @@ class GateMLP(Predictor):
                 raise ValueError(f"{name}={value}: must be at least 1")
         if unknown := sorted(set(inputs) - set(INPUTS)):
             raise ValueError(f"inputs={list(inputs)}: unknown {unknown}; there are {list(INPUTS)}")
+        if loss not in LOSSES:
+            raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
         if learning_rate <= 0:
             raise ValueError(f"learning_rate={learning_rate}: must be above 0")
         if not 0.0 <= averaging < 1.0:
@@ -294,7 +297,9 @@ class GateMLP(Predictor):
             )[None],
             "probs": router_probs_TE.sqrt()[None],
             "previous_map": _first_row(self._previous_map(state, targets), len(input_TD)),
-            "previous_error": _first_row(self._previous_error(state, layer, targets), len(input_TD)),
+            "previous_error": _first_row(
+                self._previous_error(state, layer, targets), len(input_TD)
+            ),
         }
         state.earlier_TD = input_TD
         state.passing[layer] = (router_probs_TE[-1], base_UTHE[:, -1])
@@ -309,9 +314,7 @@ class GateMLP(Predictor):
         values, base_UNHE = self.read(tokens.to(self._device))
         said_UNHE = net(values, base_UNHE).softmax(-1).to(device)
         num_tokens = len(tokens.starts_N)
-        nothing_NHE = said_UNHE.new_full(
-            (num_tokens, self.lookahead, spec.num_experts), torch.nan
-        )
+        nothing_NHE = said_UNHE.new_full((num_tokens, self.lookahead, spec.num_experts), torch.nan)
         ahead = [
             self._ahead(units, layer, said_UNHE[units.slice_of(layer)])
             for layer in range(spec.num_layers - 1)
@@ -329,17 +332,18 @@ class GateMLP(Predictor):
         starts_N, probs_LNE = tokens.starts_N, tokens.router_probs_LNE
         target_UH = units.target_UH().to(starts_N.device)
         inputs_LND = unit_length(tokens.router_input_LND)
-        base_UNHE = torch.zeros(
-            len(units.sources), len(starts_N), *(target_UH.shape[1], spec.num_experts),
-            device=starts_N.device,
-        )  # fmt: skip
-        for source in range(spec.num_layers - 1):
-            part = units.slice_of(source)
-            base_UNHE[part] = self._base(tokens.router_input_LND[source], units.targets[part])
+        embedded_ND = self._embedded(tokens.token_ids_N)
+        base_UNHE = torch.cat(
+            [
+                self._base(
+                    embedded_ND if source == EMBEDDING else tokens.router_input_LND[source],
+                    units.targets[units.slice_of(source)],
+                )
+                for source in range(EMBEDDING, spec.num_layers - 1)
+            ]
+        )
         values = {
-            "shared_tokens": windows(
-                self._embedded(tokens.token_ids_N), starts_N, self.context_tokens
-            )[None],
+            "shared_tokens": windows(embedded_ND, starts_N, self.context_tokens)[None],
             "source": gathered(inputs_LND, units.sources),
             "earlier": gathered(inputs_LND, [max(s - 1, EMBEDDING) for s in units.sources]),
             "probs": gathered(probs_LNE.sqrt(), units.sources),
@@ -363,7 +367,7 @@ class GateMLP(Predictor):
         return {"inputs": list(self.inputs)} | {name: getattr(self, name) for name in names.split()}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The network's weights, popularity, calibration and which checkpoint's routers these are."""
+        """Weights, popularity, calibration, and which checkpoint's routers these are."""
         if self._net is None:
             return {}
         weights = {f"net.{k}": v.detach().cpu() for k, v in self._net.state_dict().items()}
@@ -488,8 +492,9 @@ class GateMLP(Predictor):
         values = {name: zeros_11X.expand(1, 1, net.read[name].shape[1]) for name in self.inputs}
         values["shared_tokens"] = self._window(state, 1)
         values["previous_map"] = self._previous_map(state, target_UH)[:, None]
-        base = torch.zeros(*target_UH.shape, spec.num_experts, device=self._device)[:, None]
-        next_NLE = self._all_layers(units, net(values, base, part).softmax(-1))
+        token_id_1 = torch.tensor(state.coming_ids[:1], device=self._device)
+        base_U1HE = self._used_base(self._base(self._embedded(token_id_1), units.targets[part]))
+        next_NLE = self._all_layers(units, net(values, base_U1HE, part).softmax(-1))
         next_LE = self._calibration((spec.top_k * next_NLE[0]).cpu())
         later_LE = self._popularity_LE * (self.gamma / (1.0 - self.gamma))
         state.forecast = Forecast(next_LE, next_LE + later_LE)

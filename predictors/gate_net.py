@@ -154,7 +154,7 @@ def previous(values: Tensor, starts_N: Tensor, *, dim: int) -> Tensor:
 
 
 def windows(embedded_ND: Tensor, starts_N: Tensor, num_tokens: int) -> Tensor:
-    """The embeddings of each token and of those before it in its request, newest first: [N, W*D]."""
+    """Each token's embedding and those before it in its request, newest first: [N, W*D]."""
     parts = [embedded_ND]
     for _ in range(num_tokens - 1):
         parts.append(previous(parts[-1], starts_N, dim=0))

@@ -9,14 +9,17 @@ from predictors.base import Predictor
 from predictors.embedders.base import Embedder
 from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
+from predictors.gate_mlp import GateMLP
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
+from predictors.router_reuse import RouterReuse
 from predictors.semantic import Semantic
 
 PREDICTORS: dict[str, type[Predictor]] = {
-    cls.kind: cls for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic)
+    cls.kind: cls
+    for cls in (Popularity, PreviousToken, Silent, Oracle, Semantic, RouterReuse, GateMLP)
 }
 EMBEDDERS: dict[str, type[Embedder]] = {
     cls.kind: cls for cls in (SentenceEmbedder, TokenMeanEmbedder)

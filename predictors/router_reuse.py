@@ -59,7 +59,9 @@ class BoundModel:
     def check(self, kind: str, spec: MoESpec | None, digest_32: Tensor | None) -> None:
         """Refuse a model that predictor ``kind`` was not fitted for; None is not fitted yet."""
         if spec is not None and (difference := spec.mismatch(self.spec)):
-            raise SpecMismatchError(f"predictor {kind!r} was fitted for another model: {difference}")
+            raise SpecMismatchError(
+                f"predictor {kind!r} was fitted for another model: {difference}"
+            )
         if digest_32 is not None and not torch.equal(digest_32.cpu(), self.digest_32):
             raise SpecMismatchError(
                 f"predictor {kind!r} was fitted for another checkpoint of {self.spec.describe()}: "

@@ -10,18 +10,18 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import lightning
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from data.router_inputs import RoutedTokens, RouterInputs
 from predictors.fit.training import TrainerSettings, make_trainer
+from predictors.gate_losses import LOSSES
 from predictors.gate_net import EMBEDDING, GateNet, Units
 
 logger = logging.getLogger(__name__)
@@ -32,38 +32,6 @@ _CHECKS = 10  # looks at the validation requests
 _WARM_UP = 0.03  # share of the training
 _MAX_VAL_TOKENS = 16_384
 _FORGETS = 0.05  # share of tokens whose past is hidden, as a prompt's is (`gate_mlp`)
-
-
-def bce(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
-    """Each expert by itself."""
-    return F.binary_cross_entropy_with_logits(scores, used.float(), reduction="none").mean(-1)
-
-
-def listwise(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy to the K experts used, evenly."""
-    target = used.float() / used.sum(-1, keepdim=True)
-    return -(target * scores.log_softmax(-1)).sum(-1)
-
-
-def distil(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
-    """Cross-entropy to the router's own probabilities."""
-    return -(shares * scores.log_softmax(-1)).sum(-1)
-
-
-def rank(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
-    """Each used expert against all unused ones, which do not compete with the other used ones."""
-    unused = scores.masked_fill(used, -torch.inf).logsumexp(-1, keepdim=True)
-    return (F.softplus(unused - scores) * used).sum(-1) / used.sum(-1)
-
-
-def margin(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
-    """Hinge: each used expert one above the strongest unused one."""
-    unused = scores.masked_fill(used, -torch.inf).amax(-1, keepdim=True)
-    return (F.relu(1.0 + unused - scores) * used).sum(-1) / used.sum(-1)
-
-
-LOSSES = {loss.__name__: loss for loss in (bce, listwise, distil, rank, margin)}
-"""Each takes scores, bool use and router probabilities [..., E], and returns [...]."""
 
 
 class GateBatch(NamedTuple):
@@ -100,11 +68,11 @@ class FittedGate(NamedTuple):
     details: dict[str, Any]
 
 
-class GateModule(lightning.LightningModule):
+class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
     """The training of one network; constructor arguments are plain values.
 
     Args:
-        loss: A name of `LOSSES`.
+        loss: A name of `predictors.gate_losses.LOSSES`.
         learning_rate: At its highest.
         averaging: Decay of the weights' moving average.
         targets: Of each unit, how many targets it has.
@@ -114,8 +82,6 @@ class GateModule(lightning.LightningModule):
         self, *, loss: str, learning_rate: float, averaging: float, targets: list[int]
     ) -> None:
         super().__init__()
-        if loss not in LOSSES:
-            raise ValueError(f"loss={loss!r}: must be one of {', '.join(LOSSES)}")
         self.loss, self.learning_rate, self.averaging = LOSSES[loss], learning_rate, averaging
         valid = [[h < count for h in range(max(targets))] for count in targets]
         self.register_buffer("valid_UH", torch.tensor(valid), persistent=False)
@@ -128,7 +94,8 @@ class GateModule(lightning.LightningModule):
     def train_net(self, net: GateNet) -> None:
         """Say which network; called once."""
         self.net = net
-        self.averaged = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(self.averaging))
+        average = get_ema_multi_avg_fn(self.averaging)  # type: ignore[no-untyped-call]
+        self.averaged = AveragedModel(net, multi_avg_fn=average)
 
     def training_step(self, batch: GateBatch, index: int) -> Tensor:
         """The mean loss over tokens and targets."""
@@ -157,12 +124,10 @@ class GateModule(lightning.LightningModule):
             return
         self.keep((torch.stack(hits).sum(0) / sum(counts)).cpu(), self.averaged.module)
 
-    def keep(self, recall_UH: Tensor, net: GateNet) -> None:
+    def keep(self, recall_UH: Tensor, net: nn.Module) -> None:
         """Take over the units of ``net`` that are better than what is kept."""
         valid_UH = self.valid_UH.cpu()
-        now_U, best_U = (
-            (r * valid_UH).sum(1) / valid_UH.sum(1) for r in (recall_UH, self.best_UH)
-        )
+        now_U, best_U = ((r * valid_UH).sum(1) / valid_UH.sum(1) for r in (recall_UH, self.best_UH))
         better_U = now_U > best_U
         self.best_UH[better_U] = recall_UH[better_U]
         for name, weight in net.state_dict().items():
@@ -261,7 +226,7 @@ def fit_gate(
         read: What the network reads of tokens, and the base.
         units: What it forecasts from where.
         inputs: The requests "fit" and "val".
-        loss: A name of `LOSSES`.
+        loss: A name of `predictors.gate_losses.LOSSES`.
         steps: Training steps.
         max_seconds: Ends training earlier, or None.
         learning_rate: At its highest.
@@ -313,6 +278,8 @@ def fit_gate(
         # The batches come from a running model: there is nothing to load in other processes.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
+        # Lightning 2.6 asks torch 2.13 for a class that is on its way out.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         lightning_trainer.fit(module, batches, DataLoader(val, batch_size=None, collate_fn=_as_is))  # type: ignore[arg-type]
     net.load_state_dict(module.best)
     num_kept = _fall_back(net, base_UH, module.best_UH, module.valid_UH.cpu()) if has_base else 0
