@@ -98,8 +98,8 @@ class Options:
     steps: int = 1000
     max_seconds: float = 0.0
     batch_tokens: int = 2048
-    learning_rate: float = 2e-3
-    averaging: float = 0.99
+    learning_rate: float = 5e-3
+    averaging: float = 0.05
     compare_losses: bool = False
     device: str = "auto"
     threads: int = 0
@@ -206,6 +206,18 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": statistics.fmean(values), "sd": sd, "each": list(values)}
 
 
+def us_per_token_at_once(predictor: Predictor, tokens: RoutedTokens) -> float:
+    """The same where a whole batch is asked about in one go: what the arithmetic costs."""
+    spent_us = []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        predictor.walk_layers(tokens)
+        if tokens.token_ids_N.is_cuda:
+            torch.cuda.synchronize()
+        spent_us.append(1e6 * (time.perf_counter() - started_s) / len(tokens.starts_N))
+    return statistics.median(spent_us)
+
+
 def compared(
     reuse: Mapping[str, Any], fits: Sequence[Mapping[str, Any]]
 ) -> tuple[dict[str, Any], list[str]]:
@@ -297,6 +309,7 @@ def measure(options: Options) -> dict[str, Any]:
             "fit": dataclasses.asdict(report),
             "parameters": predictor.num_parameters,
             "us_per_token": us_per_token(predictor, test[0]),
+            "us_per_token_at_once": us_per_token_at_once(predictor, test[0]),
         }
 
     others = {}
@@ -317,7 +330,9 @@ def measure(options: Options) -> dict[str, Any]:
         "fit_s": spread([f["fit"]["fit_s"] for f in fits]),
         "us_per_token": {
             "gate_mlp": spread([f["us_per_token"] for f in fits]),
+            "gate_mlp_at_once": spread([f["us_per_token_at_once"] for f in fits]),
             "router_reuse": us_per_token(reuse, test[0]),
+            "router_reuse_at_once": us_per_token_at_once(reuse, test[0]),
         },
         "router_reuse": reuse_recall,
         "gate_mlp": fits,

@@ -10,7 +10,7 @@ token · D hidden · B requests · P positions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -45,9 +45,13 @@ class RoutedTokens:
 
     def to(self, device: torch.device | str) -> "RoutedTokens":
         """The same on another device."""
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        inputs_LND = self.router_input_LND
         return RoutedTokens(
-            **{name: None if v is None else v.to(device) for name, v in values.items()}
+            starts_N=self.starts_N.to(device),
+            token_ids_N=self.token_ids_N.to(device),
+            topk_expert_ids_LNK=self.topk_expert_ids_LNK.to(device),
+            router_probs_LNE=self.router_probs_LNE.to(device),
+            router_input_LND=None if inputs_LND is None else inputs_LND.to(device),
         )
 
 

@@ -87,7 +87,8 @@ class GateMLP(Predictor):
         max_seconds: Ends training earlier; None does not.
         batch_tokens: Tokens of a step, at most; a longer request is a step by itself.
         learning_rate: At its highest.
-        averaging: Decay of the moving average of the weights that is kept.
+        averaging: Time constant of the moving average of the weights that is kept, as a share of
+            the training; 0 keeps the weights themselves.
         seed: Of weights and order.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
         trainer: Keyword arguments of `lightning.Trainer`; where it is trained is no part of it.
@@ -109,8 +110,8 @@ class GateMLP(Predictor):
         steps: int = 1000,
         max_seconds: float | None = None,
         batch_tokens: int = 2048,
-        learning_rate: float = 2e-3,
-        averaging: float = 0.99,
+        learning_rate: float = 5e-3,
+        averaging: float = 0.05,
         seed: int = 0,
         gamma: float = 0.95,
         trainer: Mapping[str, Any] | None = None,

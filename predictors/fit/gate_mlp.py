@@ -11,12 +11,13 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from data.router_inputs import RoutedTokens, RouterInputs
@@ -30,7 +31,7 @@ Read = Callable[[RoutedTokens], tuple[dict[str, Tensor], Tensor]]
 
 _CHECKS = 10  # looks at the validation requests
 _WARM_UP = 0.03  # share of the training
-_MAX_VAL_TOKENS = 16_384
+_MAX_VAL_TOKENS = 8192  # judged ten times, and held in memory with all that is read of them
 _FORGETS = 0.05  # share of tokens whose past is hidden, as a prompt's is (`gate_mlp`)
 
 
@@ -74,7 +75,7 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
     Args:
         loss: A name of `predictors.gate_losses.LOSSES`.
         learning_rate: At its highest.
-        averaging: Decay of the weights' moving average.
+        averaging: Time constant of the weights' moving average, as a share of the training.
         targets: Of each unit, how many targets it has.
     """
 
@@ -90,12 +91,12 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
         self.best_UH = torch.full(self.valid_UH.shape, -1.0)
         self.history: list[float] = []
         self._hits: list[tuple[Tensor, int]] = []
+        self._progress = self._keep = 0.0
 
     def train_net(self, net: GateNet) -> None:
         """Say which network; called once."""
         self.net = net
-        average = get_ema_multi_avg_fn(self.averaging)  # type: ignore[no-untyped-call]
-        self.averaged = AveragedModel(net, multi_avg_fn=average)
+        self.averaged = AveragedModel(net, avg_fn=self._average)
 
     def training_step(self, batch: GateBatch, index: int) -> Tensor:
         """The mean loss over tokens and targets."""
@@ -107,9 +108,15 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
         loss_UNH = self.loss(scores_UNHE, batch.used_UNHE, batch.shares_UNHE)
         return (loss_UNH.mean(1) * self.valid_UH).sum() / self.valid_UH.sum()
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        """Average the weights."""
+    def on_train_batch_end(self, outputs: Any, batch: GateBatch, index: int) -> None:
+        """Average the weights, over a share of the training whatever its length."""
+        passed = batch.progress - self._progress
+        self._progress = batch.progress
+        self._keep = math.exp(-passed / self.averaging) if self.averaging else 0.0
         self.averaged.update_parameters(self.net)
+
+    def _average(self, averaged: Tensor, weight: Tensor, num_averaged: Any) -> Tensor:
+        return averaged.lerp(weight, 1.0 - self._keep)
 
     def validation_step(self, batch: GateBatch, index: int) -> None:
         """Count the hits of the averaged weights."""
@@ -230,7 +237,7 @@ def fit_gate(
         steps: Training steps.
         max_seconds: Ends training earlier, or None.
         learning_rate: At its highest.
-        averaging: Decay of the weights' moving average.
+        averaging: Time constant of the weights' moving average, as a share of the training.
         has_base: The base is a ranking (and not zeros), to fall back on.
         seed: Of the order of requests.
         trainer: Keyword arguments of `lightning.Trainer`.
@@ -349,13 +356,7 @@ def _forgetful(tokens: RoutedTokens) -> RoutedTokens:
     """The same, but for some tokens nothing before them is known."""
     starts_N = tokens.starts_N
     forgotten_N = torch.rand(len(starts_N), device=starts_N.device) < _FORGETS
-    return RoutedTokens(
-        starts_N=starts_N | forgotten_N,
-        token_ids_N=tokens.token_ids_N,
-        topk_expert_ids_LNK=tokens.topk_expert_ids_LNK,
-        router_probs_LNE=tokens.router_probs_LNE,
-        router_input_LND=tokens.router_input_LND,
-    )
+    return replace(tokens, starts_N=starts_N | forgotten_N)
 
 
 def _refuse_bad(tokens: RoutedTokens) -> None:
