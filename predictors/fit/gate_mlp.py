@@ -170,6 +170,7 @@ class _Batches:
         self._steps, self._max_seconds = steps, max_seconds
         self._started_s = time.perf_counter()
         self._tokens = self._endless(inputs, seed)
+        self._random = torch.Generator().manual_seed(seed)
         self._check_at = 0.0
         self.step = 0
         self.num_requests = self.num_tokens = 0
@@ -187,7 +188,7 @@ class _Batches:
         while (progress := self.progress) < min(self._check_at, 1.0):
             tokens = next(self._tokens)
             self._count(tokens)
-            yield self._prepare(_forgetful(tokens), progress)
+            yield self._prepare(self._forgetful(tokens), progress)
             self.step += 1
 
     def _count(self, tokens: RoutedTokens) -> None:
@@ -196,6 +197,12 @@ class _Batches:
         probs_LNE = tokens.router_probs_LNE
         used_LE = torch.zeros_like(probs_LNE).scatter_(-1, tokens.topk_expert_ids_LNK, 1.0).sum(1)
         self.use_LE = used_LE if self.use_LE is None else self.use_LE + used_LE
+
+    def _forgetful(self, tokens: RoutedTokens) -> RoutedTokens:
+        """The same, but for some tokens nothing before them is known."""
+        starts_N = tokens.starts_N
+        forgotten_N = torch.rand(len(starts_N), generator=self._random) < _FORGETS
+        return replace(tokens, starts_N=starts_N | forgotten_N.to(starts_N.device))
 
     @staticmethod
     def _endless(inputs: RouterInputs, seed: int) -> Iterator[RoutedTokens]:
@@ -350,13 +357,6 @@ def _fall_back(net: GateNet, base_UH: Tensor, best_UH: Tensor, valid_UH: Tensor)
 
 def _as_is(batch: GateBatch) -> GateBatch:
     return batch
-
-
-def _forgetful(tokens: RoutedTokens) -> RoutedTokens:
-    """The same, but for some tokens nothing before them is known."""
-    starts_N = tokens.starts_N
-    forgotten_N = torch.rand(len(starts_N), device=starts_N.device) < _FORGETS
-    return replace(tokens, starts_N=starts_N | forgotten_N)
 
 
 def _refuse_bad(tokens: RoutedTokens) -> None:
