@@ -37,7 +37,8 @@ from data.tiny_moe.corpus import encode_documents, read_domains
 from data.tiny_moe.evaluate import windows
 from predictors.base import Predictor, Request
 from predictors.gate_losses import LOSSES
-from predictors.gate_mlp import INPUTS, GateMLP
+from predictors.gate_mlp import GateMLP
+from predictors.gate_reader import INPUTS
 from predictors.layer_metrics import evaluate_layer_recall
 from predictors.router_reuse import RouterReuse
 

@@ -2,15 +2,15 @@
 
 It starts where `router_reuse` is and adds what a small network learns of what lies between: the
 experts and the attention of the layers in between. Ours; ProMoE's per-layer predictors are the
-nearest. Training is in `predictors.fit.gate_mlp`, the network in `predictors.gate_net`.
+nearest. Training is in `predictors.fit.gate_mlp`, the network in `predictors.gate_net`, what
+it reads in `predictors.gate_reader`.
 
 Shape letters: U units (`gate_net`) · T tokens · N tokens of several requests · L MoE layers ·
-E experts per layer · K experts per token · D hidden · H layers ahead · X what is left flat.
+E experts per layer · K experts per token · H layers ahead.
 """
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,49 +18,15 @@ from torch import Tensor, nn
 
 from data.errors import SpecMismatchError
 from data.router_inputs import LiveInputs, RoutedTokens, RouterInputs
-from data.routers import input_embedding
 from data.schema import MoESpec, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, WalkedLayers
 from predictors.calibrate import Calibration, fit_calibration
 from predictors.gate_losses import LOSSES
-from predictors.gate_net import (
-    EMBEDDING,
-    GateNet,
-    Units,
-    gathered,
-    previous,
-    sparse_map,
-    unit_length,
-    windows,
-)
+from predictors.gate_net import EMBEDDING, GateNet, Units
+from predictors.gate_reader import INPUTS, GateReader, GateState
 from predictors.router_reuse import BoundModel, needed
 
 Variant = Literal["residual", "independent"]
-INPUTS = ("source", "earlier", "probs", "previous_map", "previous_error")
-_LEAST = 1e-30  # of a probability, before its logarithm
-_MOST_ERROR = 5.0  # logits; beyond, an expert is merely far off
-
-
-@dataclass(slots=True)
-class GateState(State):
-    """One request's past.
-
-    Attributes:
-        recent_ids: Ids of the latest tokens that passed all layers; None where unknown.
-        coming_ids: Ids that are known to be fed next.
-        last_map_LE: The latest token's map, as `gate_net.sparse_map`; None before there is one.
-        passing: Of each layer that the current forward pass has routed: its input (unit length),
-            probabilities and base ranking, for the last token.
-        passed: The same of the pass before.
-        earlier_TD: The router input (unit length) of the layer before, all tokens of the pass.
-    """
-
-    recent_ids: list[int | None] = field(default_factory=list)
-    coming_ids: list[int] = field(default_factory=list)
-    last_map_LE: Tensor | None = None
-    passing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    passed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    earlier_TD: Tensor | None = None
 
 
 class GateMLP(Predictor):
@@ -80,7 +46,7 @@ class GateMLP(Predictor):
             "independent" ranks from scratch with a network for each pair of layers (ProMoE's way).
         lookahead: H, at least 1.
         width: Of the networks' hidden layers.
-        inputs: Which of `INPUTS` are read; token embeddings always are.
+        inputs: Which of `gate_reader.INPUTS` are read; token embeddings always are.
         context_tokens: Embeddings read: the token's own and those before it.
         loss: A name of `predictors.gate_losses.LOSSES`.
         steps: Training steps.
@@ -153,8 +119,9 @@ class GateMLP(Predictor):
         self.seed = seed
         self._trainer = trainer
         self._bound: BoundModel | None = None
-        self._embedding: nn.Embedding | None = None
+        self._reader: GateReader | None = None
         self._net: GateNet | None = None
+        self._made_units: Units | None = None
         self._learned: Mapping[str, Tensor] = {}
         self._popularity_LE = torch.zeros(0, 0)
         self._calibration = Calibration.identity()
@@ -168,8 +135,7 @@ class GateMLP(Predictor):
         """
         bound = BoundModel(model)
         bound.check(self.kind, self.spec, self._learned.get("router_digest_32"))
-        self._embedding = input_embedding(model)
-        self._bound = bound
+        self._bound, self._reader = bound, None
         if self._net is not None:
             self._net.to(self._device)
 
@@ -209,11 +175,11 @@ class GateMLP(Predictor):
             raise SpecMismatchError(
                 f"router inputs are of another model than the bound one: {difference}"
             )
-        self.spec = bound.spec
+        self.spec, self._made_units, self._reader = bound.spec, None, None
         self._calibration = Calibration.identity()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            self._net = self._new_net().to(self._device)
+            self._net = self._net_of(self._reading().input_sizes).to(self._device)
         fitted = fit_gate(
             self._net,
             self.read,
@@ -250,7 +216,7 @@ class GateMLP(Predictor):
         self._network()
         if request.token_ids_P is None:
             return None
-        state.coming_ids = request.token_ids_P.tolist()
+        self._reading().begin(state, request.token_ids_P.tolist())
         return self._before(state)
 
     def on_token(
@@ -263,13 +229,7 @@ class GateMLP(Predictor):
     ) -> Forecast | None:
         """Forecast all layers of the next token from its embedding; the last word if id unknown."""
         assert isinstance(state, GateState)
-        state.num_tokens += 1
-        state.recent_ids = [*state.recent_ids, token_id][-self.context_tokens :]
-        state.coming_ids = state.coming_ids[1:]
-        if next_token_id is not None and state.coming_ids[:1] != [next_token_id]:
-            state.coming_ids = [next_token_id]
-        top_k = self.fitted_spec().top_k
-        state.last_map_LE = sparse_map(expert_map_LE.to(self._device), top_k)
+        self._reading().pass_token(state, expert_map_LE, token_id, next_token_id)
         return self._before(state)
 
     @torch.no_grad()
@@ -278,41 +238,21 @@ class GateMLP(Predictor):
     ) -> Tensor | None:
         """The next layers' use by these tokens, from all that is known of them by now."""
         assert isinstance(state, GateState)
-        spec, net = self.fitted_spec(), self._network()
-        if layer == 0:
-            state.passed, state.passing = state.passing, {}
-            state.earlier_TD = None
-        input_TD = unit_length(router_input_TD)
-        if layer == spec.num_layers - 1:
-            state.passing[layer] = (router_probs_TE[-1], router_probs_TE[:0])
+        net = self._network()
+        read = self._reading().read_layer(state, layer, router_input_TD, router_probs_TE)
+        if read is None:
             return None
-        all_units = self._units()
-        units = all_units.slice_of(layer)
-        targets = all_units.target_UH()[units]
-        base_UTHE = self._base(router_input_TD, all_units.targets[units])
-        values = {
-            "shared_tokens": self._window(state, len(input_TD)),
-            "source": input_TD[None],
-            "earlier": (
-                torch.zeros_like(input_TD) if state.earlier_TD is None else state.earlier_TD
-            )[None],
-            "probs": router_probs_TE.sqrt()[None],
-            "previous_map": _first_row(self._previous_map(state, targets), len(input_TD)),
-            "previous_error": _first_row(
-                self._previous_error(state, layer, targets), len(input_TD)
-            ),
-        }
-        state.earlier_TD = input_TD
-        state.passing[layer] = (router_probs_TE[-1], base_UTHE[:, -1])
-        scores_UTHE = net(values, self._used_base(base_UTHE), units)
-        return self._ahead(all_units, layer, scores_UTHE.softmax(-1))
+        values, base_UTHE = read
+        units = self._units()
+        scores_UTHE = net(values, self._used_base(base_UTHE), units.slice_of(layer))
+        return self._ahead(units, layer, scores_UTHE.softmax(-1))
 
     @torch.no_grad()
     def walk_layers(self, tokens: RoutedTokens) -> WalkedLayers:
         """All tokens and layers at once."""
         spec, net, units = self.fitted_spec(), self._network(), self._units()
         device = tokens.starts_N.device
-        values, base_UNHE = self.read(tokens.to(self._device))
+        values, base_UNHE = self.read(tokens)
         said_UNHE = net(values, base_UNHE).softmax(-1).to(device)
         num_tokens = len(tokens.starts_N)
         nothing_NHE = said_UNHE.new_full((num_tokens, self.lookahead, spec.num_experts), torch.nan)
@@ -324,39 +264,9 @@ class GateMLP(Predictor):
         before_NLE = self._calibration((spec.top_k * before_NLE).cpu())
         return WalkedLayers(before_NLE, torch.stack([*ahead, nothing_NHE]))
 
-    @torch.no_grad()
     def read(self, tokens: RoutedTokens) -> tuple[dict[str, Tensor], Tensor]:
         """What the network reads of decoded tokens, and the base that it corrects [U, N, H, E]."""
-        if tokens.router_input_LND is None:
-            raise ValueError(f"predictor {self.kind!r} needs router inputs, and there are none")
-        spec, units = self.fitted_spec(), self._units()
-        starts_N, probs_LNE = tokens.starts_N, tokens.router_probs_LNE
-        target_UH = units.target_UH().to(starts_N.device)
-        inputs_LND = unit_length(tokens.router_input_LND)
-        embedded_ND = self._embedded(tokens.token_ids_N)
-        base_UNHE = torch.cat(
-            [
-                self._base(
-                    embedded_ND if source == EMBEDDING else tokens.router_input_LND[source],
-                    units.targets[units.slice_of(source)],
-                )
-                for source in range(EMBEDDING, spec.num_layers - 1)
-            ]
-        )
-        values = {
-            "shared_tokens": windows(embedded_ND, starts_N, self.context_tokens)[None],
-            "source": gathered(inputs_LND, units.sources),
-            "earlier": gathered(inputs_LND, [max(s - 1, EMBEDDING) for s in units.sources]),
-            "probs": gathered(probs_LNE.sqrt(), units.sources),
-        }
-        if "previous_map" in self.inputs:
-            map_LNE = previous(sparse_map(probs_LNE, spec.top_k), starts_N, dim=1)
-            values["previous_map"] = map_LNE[target_UH].transpose(1, 2).flatten(2)
-        if "previous_error" in self.inputs:
-            logs_UNHE = probs_LNE.clamp_min(_LEAST).log()[target_UH].transpose(1, 2)
-            error_UNHE = (logs_UNHE - base_UNHE).clamp(-_MOST_ERROR, _MOST_ERROR)
-            error_UNHE[units.slice_of(EMBEDDING)] = 0.0
-            values["previous_error"] = previous(error_UNHE, starts_N, dim=1).flatten(2)
+        values, base_UNHE = self._reading().read(tokens)
         return values, self._used_base(base_UNHE)
 
     def config(self) -> dict[str, Any]:
@@ -406,26 +316,26 @@ class GateMLP(Predictor):
         return self._net
 
     def _units(self) -> Units:
-        return Units.of(
-            num_layers=self.fitted_spec().num_layers,
-            lookahead=self.lookahead,
-            shared=self.variant == "residual",
-        )
+        if self._made_units is None:
+            self._made_units = Units.of(
+                num_layers=self.fitted_spec().num_layers,
+                lookahead=self.lookahead,
+                shared=self.variant == "residual",
+            )
+        return self._made_units
 
-    def _new_net(self) -> GateNet:
-        spec, units = self.fitted_spec(), self._units()
-        assert self._embedding is not None
-        hidden_size = spec.hidden_size
-        assert hidden_size is not None, "read from a model, so known"
-        sizes = {
-            "source": hidden_size,
-            "earlier": hidden_size,
-            "probs": spec.num_experts,
-            "previous_map": units.most_targets * spec.num_experts,
-            "previous_error": units.most_targets * spec.num_experts,
-        }
-        shared = {"shared_tokens": self.context_tokens * self._embedding.embedding_dim}
-        return self._net_of(shared | {name: sizes[name] for name in self.inputs})
+    def _reading(self) -> GateReader:
+        if self._reader is None:
+            bound = needed(self._bound, self.kind)
+            self._reader = GateReader(
+                model=bound.model,
+                routers=bound.routers,
+                spec=bound.spec,
+                units=self._units(),
+                inputs=self.inputs,
+                context_tokens=self.context_tokens,
+            )
+        return self._reader
 
     def _net_of(self, input_sizes: Mapping[str, int]) -> GateNet:
         units = self._units()
@@ -437,49 +347,8 @@ class GateMLP(Predictor):
             width=self.width,
         )
 
-    def _base(self, router_input_TD: Tensor, targets: Sequence[Sequence[int]]) -> Tensor:
-        """float32 [U, T, H, E]: router reuse for the targets of some units of one source."""
-        routers = needed(self._bound, self.kind).routers
-        most = self._units().most_targets
-        base = []
-        for layers in targets:
-            scores = [routers.scores_TE(layer, router_input_TD) for layer in layers]
-            base.append(torch.stack(scores + [scores[-1]] * (most - len(scores)), dim=1))
-        return torch.stack(base)
-
     def _used_base(self, base_UNHE: Tensor) -> Tensor:
         return base_UNHE if self.variant == "residual" else torch.zeros_like(base_UNHE)
-
-    def _embedded(self, token_ids_N: Tensor) -> Tensor:
-        assert self._embedding is not None
-        return unit_length(self._embedding.weight.detach()[token_ids_N])
-
-    def _window(self, state: GateState, num_tokens: int) -> Tensor:
-        """float32 [1, T, W*D]: the embeddings around each token of a forward pass; 0 if unknown."""
-        known = [*state.recent_ids, *state.coming_ids[:num_tokens]]
-        known += [None] * (len(state.recent_ids) + num_tokens - len(known))
-        ids = torch.tensor([-1 if i is None else i for i in known], device=self._device)
-        embedded = self._embedded(ids.clamp_min(0)).masked_fill(ids[:, None] < 0, 0.0)
-        starts = torch.arange(len(ids), device=ids.device) == 0
-        return windows(embedded, starts, self.context_tokens)[None, -num_tokens:]
-
-    def _previous_map(self, state: GateState, target_UH: Tensor) -> Tensor:
-        """float32 [U, H*E]."""
-        spec = self.fitted_spec()
-        map_LE = state.last_map_LE
-        if map_LE is None:
-            map_LE = torch.zeros(spec.num_layers, spec.num_experts, device=self._device)
-        return map_LE[target_UH.to(map_LE.device)].flatten(1)
-
-    def _previous_error(self, state: GateState, layer: int, target_UH: Tensor) -> Tensor:
-        """float32 [U, H*E]."""
-        spec = self.fitted_spec()
-        if len(state.passed) < spec.num_layers:
-            return torch.zeros(*target_UH.shape, spec.num_experts, device=self._device).flatten(1)
-        probs_LE = torch.stack([state.passed[i][0] for i in range(spec.num_layers)])
-        logs_UHE = probs_LE.clamp_min(_LEAST).log()[target_UH.to(probs_LE.device)]
-        error_UHE = logs_UHE - state.passed[layer][1]
-        return error_UHE.clamp(-_MOST_ERROR, _MOST_ERROR).flatten(1)
 
     @torch.no_grad()
     def _before(self, state: GateState) -> Forecast | None:
@@ -487,16 +356,10 @@ class GateMLP(Predictor):
         if not state.coming_ids:
             return state.forecast
         net, units = self._network(), self._units()
-        spec, part = self.fitted_spec(), self._units().slice_of(EMBEDDING)
-        target_UH = units.target_UH()[part]
-        zeros_11X = torch.zeros(1, 1, 1, device=self._device)
-        values = {name: zeros_11X.expand(1, 1, net.read[name].shape[1]) for name in self.inputs}
-        values["shared_tokens"] = self._window(state, 1)
-        values["previous_map"] = self._previous_map(state, target_UH)[:, None]
-        token_id_1 = torch.tensor(state.coming_ids[:1], device=self._device)
-        base_U1HE = self._used_base(self._base(self._embedded(token_id_1), units.targets[part]))
-        next_NLE = self._all_layers(units, net(values, base_U1HE, part).softmax(-1))
-        next_LE = self._calibration((spec.top_k * next_NLE[0]).cpu())
+        values, base_U1HE = self._reading().read_token(state)
+        said_U1HE = net(values, self._used_base(base_U1HE), units.slice_of(EMBEDDING)).softmax(-1)
+        next_LE = self._all_layers(units, said_U1HE)[0]
+        next_LE = self._calibration((self.fitted_spec().top_k * next_LE).cpu())
         later_LE = self._popularity_LE * (self.gamma / (1.0 - self.gamma))
         state.forecast = Forecast(next_LE, next_LE + later_LE)
         return state.forecast
@@ -513,10 +376,3 @@ class GateMLP(Predictor):
         said_NHE = torch.cat([part[:, : len(targets)] for part, targets in parts], dim=1)
         shape = (said_NHE.shape[0], self.lookahead - said_NHE.shape[1], said_NHE.shape[2])
         return torch.cat([said_NHE, said_NHE.new_full(shape, torch.nan)], dim=1)
-
-
-def _first_row(values_UX: Tensor, num_tokens: int) -> Tensor:
-    """[U, T, X]: known for the first token of a pass; the others' predecessors are on their way."""
-    rows_UTX = values_UX.new_zeros(len(values_UX), num_tokens, values_UX.shape[1])
-    rows_UTX[:, 0] = values_UX
-    return rows_UTX
