@@ -2,7 +2,8 @@
 
     python -m benchmarks.layer_recall                          # embedded model, stdlib texts
     python -m benchmarks.layer_recall corpora=DIR              # texts as the model was trained on
-    python -m benchmarks.layer_recall model=DIR corpora=DIR max_seconds=40
+    python -m benchmarks.layer_recall model=DIR corpora=DIR steps=3000 max_seconds=30 \
+        batch_tokens=8192 width=512                            # three fits of 30 s on a GPU
     python -m benchmarks.layer_recall compare_losses=true      # one more fit for each other loss
 
 Slot recall@K at 1..4 layers ahead on documents that neither fitting nor (for the models that

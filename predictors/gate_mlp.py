@@ -34,9 +34,9 @@ class GateMLP(Predictor):
 
     Layer l's unit reads, all known when layer l has routed: its router input and that of the layer
     before; its probabilities; the embeddings of this token and of those before it; what the
-    previous token used in the target layers; and how far router reuse was off there for the
-    previous token. Before layer 0, all layers are forecast from the embeddings and the previous
-    token's map, so layer 0 is served, and recorded traces suffice for that moment.
+    previous token and the latest ones used in the target layers; and how far router reuse was off
+    there for the previous token. Before layer 0, all layers are forecast from the embeddings and
+    those earlier uses, so layer 0 is served, and recorded traces suffice for that moment.
 
     In a prompt's forward pass all tokens go through a layer together: what depends on the previous
     token's later layers is unknown there, and left at zero.
@@ -264,9 +264,11 @@ class GateMLP(Predictor):
         before_NLE = self._calibration((spec.top_k * before_NLE).cpu())
         return WalkedLayers(before_NLE, torch.stack([*ahead, nothing_NHE]))
 
-    def read(self, tokens: RoutedTokens) -> tuple[dict[str, Tensor], Tensor]:
-        """What the network reads of decoded tokens, and the base that it corrects [U, N, H, E]."""
-        values, base_UNHE = self._reading().read(tokens)
+    def read(
+        self, tokens: RoutedTokens, forgotten_N: Tensor | None = None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """`GateReader.read`; the base [U, N, H, E] is 0 where the variant has none."""
+        values, base_UNHE = self._reading().read(tokens, forgotten_N)
         return values, self._used_base(base_UNHE)
 
     def config(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import lightning
@@ -27,12 +26,12 @@ from predictors.gate_net import EMBEDDING, GateNet, Units
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[RoutedTokens], tuple[dict[str, Tensor], Tensor]]
+Read = Callable[[RoutedTokens, Tensor | None], tuple[dict[str, Tensor], Tensor]]
 
 _CHECKS = 10  # looks at the validation requests
 _WARM_UP = 0.03  # share of the training
 _MAX_VAL_TOKENS = 8192  # judged ten times, and held in memory with all that is read of them
-_FORGETS = 0.05  # share of tokens whose past is hidden, as a prompt's is (`gate_mlp`)
+_FORGETS = 0.05  # share of tokens whose past is hidden, as a prompt's is (`GateReader.read`)
 
 
 class GateBatch(NamedTuple):
@@ -159,7 +158,7 @@ class _Batches:
 
     def __init__(
         self,
-        prepare: Callable[[RoutedTokens, float], GateBatch],
+        prepare: Callable[[RoutedTokens, Tensor | None, float], GateBatch],
         inputs: RouterInputs,
         *,
         steps: int,
@@ -188,7 +187,8 @@ class _Batches:
         while (progress := self.progress) < min(self._check_at, 1.0):
             tokens = next(self._tokens)
             self._count(tokens)
-            yield self._prepare(self._forgetful(tokens), progress)
+            forgotten_N = torch.rand(len(tokens.starts_N), generator=self._random) < _FORGETS
+            yield self._prepare(tokens, forgotten_N.to(tokens.starts_N.device), progress)
             self.step += 1
 
     def _count(self, tokens: RoutedTokens) -> None:
@@ -197,12 +197,6 @@ class _Batches:
         probs_LNE = tokens.router_probs_LNE
         used_LE = torch.zeros_like(probs_LNE).scatter_(-1, tokens.topk_expert_ids_LNK, 1.0).sum(1)
         self.use_LE = used_LE if self.use_LE is None else self.use_LE + used_LE
-
-    def _forgetful(self, tokens: RoutedTokens) -> RoutedTokens:
-        """The same, but for some tokens nothing before them is known."""
-        starts_N = tokens.starts_N
-        forgotten_N = torch.rand(len(starts_N), generator=self._random) < _FORGETS
-        return replace(tokens, starts_N=starts_N | forgotten_N.to(starts_N.device))
 
     @staticmethod
     def _endless(inputs: RouterInputs, seed: int) -> Iterator[RoutedTokens]:
@@ -262,9 +256,9 @@ def fit_gate(
     target_UH = units.target_UH()
     used_by_router = [source != EMBEDDING for source in units.sources]
 
-    def prepare(tokens: RoutedTokens, progress: float) -> GateBatch:
+    def prepare(tokens: RoutedTokens, forgotten_N: Tensor | None, progress: float) -> GateBatch:
         _refuse_bad(tokens)
-        values, base_UNHE = read(tokens)
+        values, base_UNHE = read(tokens, forgotten_N)
         targets = target_UH.to(base_UNHE.device)
         probs_LNE = tokens.router_probs_LNE.to(base_UNHE.device)
         used_LNE = torch.zeros_like(probs_LNE, dtype=torch.bool).scatter_(
@@ -278,7 +272,7 @@ def fit_gate(
             progress,
         )
 
-    val = [prepare(tokens, 0.0) for tokens in _first_tokens(inputs)]
+    val = [prepare(tokens, None, 0.0) for tokens in _first_tokens(inputs)]
     batches = _Batches(prepare, inputs, steps=steps, max_seconds=max_seconds, seed=seed)
     base_UH = _recall_UH(net, val)
     module.keep(base_UH, net)
