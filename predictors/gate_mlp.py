@@ -34,9 +34,9 @@ class GateMLP(Predictor):
 
     Layer l's unit reads, all known when layer l has routed: its router input and that of the layer
     before; its probabilities; the embeddings of this token and of those before it; what the
-    previous token and the latest ones used in the target layers; and how far router reuse was off
-    there for the previous token. Before layer 0, all layers are forecast from the embeddings and
-    those earlier uses, so layer 0 is served, and recorded traces suffice for that moment.
+    previous token used in the target layers; and how far router reuse was off there for it. Before
+    layer 0, all layers are forecast from the embeddings and the previous token's map, so layer 0 is
+    served, and recorded traces suffice for that moment.
 
     In a prompt's forward pass all tokens go through a layer together: what depends on the previous
     token's later layers is unknown there, and left at zero.

@@ -153,17 +153,6 @@ def previous(values: Tensor, starts_N: Tensor, *, dim: int) -> Tensor:
     return values.roll(1, dim).masked_fill(starts_N.view(shape), 0.0)
 
 
-def recent_mean(values_LNX: Tensor, starts_N: Tensor, num_tokens: int) -> Tensor:
-    """Mean over each token's predecessors in its request, at most so many of them; 0 for none."""
-    index_N = torch.arange(len(starts_N), device=starts_N.device)
-    first_N = torch.where(starts_N, index_N, 0).cummax(0).values
-    first_N = torch.maximum(first_N, index_N - num_tokens)
-    before_LNX = values_LNX.double().cumsum(1).roll(1, 1)
-    before_LNX[:, 0] = 0.0
-    total_LNX = before_LNX - before_LNX[:, first_N]
-    return (total_LNX / (index_N - first_N).clamp_min(1)[:, None]).float()
-
-
 def windows(embedded_ND: Tensor, starts_N: Tensor, num_tokens: int) -> Tensor:
     """Each token's embedding and those before it in its request, newest first: [N, W*D]."""
     parts = [embedded_ND]

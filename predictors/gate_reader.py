@@ -22,18 +22,15 @@ from predictors.gate_net import (
     Units,
     gathered,
     previous,
-    recent_mean,
     sparse_map,
     unit_length,
     windows,
 )
 
-INPUTS: Final = ("source", "earlier", "probs", "previous_map", "recent_map", "previous_error")
+INPUTS: Final = ("source", "earlier", "probs", "previous_map", "previous_error")
 """Besides "shared_tokens", which are always read: the source's router input, that of the layer
-before it, its probabilities, what the previous token and the latest `RECENT` tokens used in the
-target layers, and how far router reuse was off there for the previous token."""
-
-RECENT: Final = 32
+before it, its probabilities, what the previous token used in the target layers, and how far router
+reuse was off there."""
 
 
 Values = dict[str, Tensor]
@@ -49,8 +46,7 @@ class GateState(State):
     Attributes:
         recent_ids: Ids of the latest tokens that passed all layers; None where unknown.
         coming_ids: Ids that are known to be fed next.
-        maps: The latest tokens' maps [L, E], as `gate_net.sparse_map`, at most `RECENT`.
-        recent_LE: Their mean; None before there are any.
+        last_map_LE: The latest token's map, as `gate_net.sparse_map`; None before there is one.
         passing: Of each layer that the current forward pass has routed: probabilities [E] and base
             [U, H, E] of its last token.
         passed: The same of the pass before.
@@ -59,8 +55,7 @@ class GateState(State):
 
     recent_ids: list[int | None] = field(default_factory=list)
     coming_ids: list[int] = field(default_factory=list)
-    maps: list[Tensor] = field(default_factory=list)
-    recent_LE: Tensor | None = None
+    last_map_LE: Tensor | None = None
     passing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     passed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     earlier_TD: Tensor | None = None
@@ -102,7 +97,7 @@ class GateReader:
         self._inputs, self._context_tokens = inputs, context_tokens
         hidden_size, most = embedding.embedding_dim, units.most_targets * spec.num_experts
         sizes = dict(
-            zip(INPUTS, (hidden_size, hidden_size, spec.num_experts, most, most, most), strict=True)
+            zip(INPUTS, (hidden_size, hidden_size, spec.num_experts, most, most), strict=True)
         )
         self.input_sizes: dict[str, int] = {"shared_tokens": context_tokens * hidden_size}
         self.input_sizes |= {name: sizes[name] for name in inputs}
@@ -144,13 +139,9 @@ class GateReader:
             "earlier": gathered(inputs_LND, [max(s - 1, EMBEDDING) for s in units.sources]),
             "probs": gathered(probs_LNE.sqrt(), units.sources),
         }
-        map_LNE = sparse_map(probs_LNE, self._spec.top_k)
-        past = {
-            "previous_map": previous(map_LNE, starts_N, dim=1),
-            "recent_map": recent_mean(map_LNE, starts_N, RECENT),
-        }
-        for name, past_LNE in past.items():
-            values[name] = past_LNE[target_UH].transpose(1, 2).flatten(2)
+        if "previous_map" in self._inputs:
+            map_LNE = previous(sparse_map(probs_LNE, self._spec.top_k), starts_N, dim=1)
+            values["previous_map"] = map_LNE[target_UH].transpose(1, 2).flatten(2)
         if "previous_error" in self._inputs:
             logs_UNHE = probs_LNE.clamp_min(_LEAST).log()[target_UH].transpose(1, 2)
             error_UNHE = (logs_UNHE - base_UNHE).clamp(-_MOST_ERROR, _MOST_ERROR)
@@ -158,7 +149,7 @@ class GateReader:
             error_UNHE[units.slice_of(EMBEDDING)] = 0.0
             values["previous_error"] = previous(error_UNHE, starts_N, dim=1).flatten(2)
         if forgotten_N is not None:
-            for name in ("previous_map", "recent_map", "previous_error"):
+            for name in ("previous_map", "previous_error"):
                 if name in values:
                     values[name] = values[name].masked_fill(
                         forgotten_N.to(starts_N.device)[:, None], 0.0
@@ -178,9 +169,7 @@ class GateReader:
         state.coming_ids = state.coming_ids[1:]
         if next_token_id is not None and state.coming_ids[:1] != [next_token_id]:
             state.coming_ids = [next_token_id]
-        latest_LE = sparse_map(map_LE.to(self.device), self._spec.top_k)
-        state.maps = [*state.maps, latest_LE][-RECENT:]
-        state.recent_LE = torch.stack(state.maps).mean(0)
+        state.last_map_LE = sparse_map(map_LE.to(self.device), self._spec.top_k)
 
     def read_token(self, state: GateState) -> tuple[Values, Tensor]:
         """Before layer 0 of the token that comes next, for the units of the embedding."""
@@ -188,7 +177,7 @@ class GateReader:
         nothing_11X = torch.zeros(1, 1, 1, device=self.device)
         values = {name: nothing_11X.expand(1, 1, size) for name, size in self.input_sizes.items()}
         values["shared_tokens"] = self._window(state, 1)
-        values |= {name: v[:, None] for name, v in self._past_maps(state, part).items()}
+        values["previous_map"] = self._previous_map(state, part)[:, None]
         embedded_1D = self._embedded(torch.tensor(state.coming_ids[:1], device=self.device))
         return values, self._base(lambda _: embedded_1D, part)
 
@@ -212,7 +201,7 @@ class GateReader:
             "source": input_TD[None],
             "earlier": earlier_TD[None],
             "probs": router_probs_TE.sqrt()[None],
-            **{n: _first_row(v, num_tokens) for n, v in self._past_maps(state, part).items()},
+            "previous_map": _first_row(self._previous_map(state, part), num_tokens),
             "previous_error": _first_row(self._previous_error(state, layer, part), num_tokens),
         }
         state.earlier_TD = input_TD
@@ -251,15 +240,13 @@ class GateReader:
         starts = torch.arange(len(ids), device=ids.device) == 0
         return windows(embedded, starts, self._context_tokens)[None, -num_tokens:]
 
-    def _past_maps(self, state: GateState, part: slice) -> Values:
-        """float32 [U, H*E] each: the latest map and the mean of the latest ones; 0 before any."""
+    def _previous_map(self, state: GateState, part: slice) -> Tensor:
+        """float32 [U, H*E]; 0 before there is one."""
         target_UH = self._units.target_UH()[part].to(self.device)
-        if state.recent_LE is None:
+        if state.last_map_LE is None:
             shape = (*target_UH.shape, self._spec.num_experts)
-            nothing = torch.zeros(shape, device=self.device).flatten(1)
-            return {"previous_map": nothing, "recent_map": nothing}
-        past = {"previous_map": state.maps[-1], "recent_map": state.recent_LE}
-        return {name: map_LE[target_UH].flatten(1) for name, map_LE in past.items()}
+            return torch.zeros(shape, device=self.device).flatten(1)
+        return state.last_map_LE[target_UH].flatten(1)
 
     def _previous_error(self, state: GateState, layer: int, part: slice) -> Tensor:
         """float32 [U, H*E]; 0 unless the pass before reached the last layer."""

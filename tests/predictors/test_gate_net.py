@@ -9,7 +9,6 @@ from predictors.gate_net import (
     Units,
     gathered,
     previous,
-    recent_mean,
     sparse_map,
     unit_length,
     windows,
@@ -26,16 +25,6 @@ def test_the_predecessor_is_of_the_same_request() -> None:
         assert not found[:, rows[0]].any()
         for n in rows[1:]:
             assert torch.equal(found[:, n], VALUES_LNX[:, n - 1])
-
-
-@pytest.mark.parametrize("num_tokens", [1, 2, 10])
-def test_recent_means_are_over_the_latest_of_the_same_request(num_tokens: int) -> None:
-    found = recent_mean(VALUES_LNX, STARTS_N, num_tokens)
-    for rows in REQUESTS:
-        assert not found[:, rows[0]].any()
-        for n in rows[1:]:
-            first = max(rows[0], n - num_tokens)
-            torch.testing.assert_close(found[:, n], VALUES_LNX[:, first:n].mean(1))
 
 
 def test_windows_hold_the_token_and_those_before_it() -> None:
