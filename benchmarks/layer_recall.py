@@ -19,7 +19,7 @@ import dataclasses
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from data.models import load_model
 from data.router_inputs import LiveInputs, RoutedTokens
 from data.schema import Split
 from data.splits import split_by_topic
-from data.tiny_moe.corpus import encode_documents, read_domains
+from data.tiny_moe.corpus import Document, encode_documents, read_domains
 from data.tiny_moe.evaluate import windows
 from predictors.base import Predictor, Request
 from predictors.gate_losses import LOSSES
@@ -57,9 +57,9 @@ class Options:
         dtype: auto, float32, bfloat16 or float16.
         experts: An experts implementation of transformers to run the model with; "" keeps its own.
         corpora: Folder of `<domain>.jsonl.zst` files; "" takes the standard library's docstrings.
-        max_chars: Characters read per domain; 0 reads all.
-        held_out_fraction: Share of each domain's documents to judge on. At 0.03 and all characters
-            they are what the recipe held out; reading less, take less, to stay among those.
+        max_chars: Characters of each domain that are used for fitting.
+        held_out_fraction: Share of each domain's documents to judge on; the recipe's own keeps them
+            to what it held out.
         seq_len: Tokens of a window.
         val_windows: Of each domain, at most.
         test_windows: Of each domain, at most.
@@ -86,7 +86,7 @@ class Options:
     experts: str = ""
     corpora: str = ""
     max_chars: int = 2_000_000
-    held_out_fraction: float = 0.02
+    held_out_fraction: float = 0.03
     seq_len: int = 256
     val_windows: int = 4
     test_windows: int = 12
@@ -134,14 +134,13 @@ def parse_options(arguments: Sequence[str]) -> Options:
 def corpus_windows(options: Options, tokenizer: Any) -> TokenIds:
     """Windows of every domain; held-out documents are split between val and test."""
     windows_of: TokenIds = {"fit": [], "val": [], "test": []}
-    domains = read_domains(
-        Path(options.corpora),
-        held_out_fraction=options.held_out_fraction,
-        max_chars=options.max_chars,
-    )
-    for domain in domains:
-        parts: dict[Split, Any] = {"fit": domain.train, "test": domain.held_out[::2]}
-        parts["val"] = domain.held_out[1::2]
+    # All is read, whatever is used: what is held out depends on all documents of a domain.
+    for domain in read_domains(Path(options.corpora), held_out_fraction=options.held_out_fraction):
+        parts: dict[Split, list[Document]] = {
+            "fit": list(_at_most(domain.train, options.max_chars)),
+            "val": domain.held_out[1::2],
+            "test": domain.held_out[::2],
+        }
         most = {"fit": sys.maxsize, "val": options.val_windows, "test": options.test_windows}
         for split, documents in parts.items():
             if documents:
@@ -149,6 +148,17 @@ def corpus_windows(options: Options, tokenizer: Any) -> TokenIds:
                 windows_NT = windows(stream, seq_len=options.seq_len, most=most[split])
                 windows_of[split] += list(windows_NT)
     return windows_of
+
+
+def _at_most(documents: Sequence[Document], max_chars: int) -> Iterator[Document]:
+    """Documents, each cut to a tenth of so many characters, until there are so many."""
+    left = max_chars
+    for document in documents:
+        if left <= 0:
+            return
+        text = document.text[: min(left, max_chars // 10)]
+        left -= len(text)
+        yield dataclasses.replace(document, text=text)
 
 
 def stdlib_requests(options: Options, tokenizer: Any) -> TokenIds:
