@@ -122,7 +122,7 @@ class GateMLP(Predictor):
         self._reader: GateReader | None = None
         self._net: GateNet | None = None
         self._made_units: Units | None = None
-        self._learned: Mapping[str, Tensor] = {}
+        self._digest_32: Tensor | None = None
         self._popularity_LE = torch.zeros(0, 0)
         self._calibration = Calibration.identity()
 
@@ -130,11 +130,11 @@ class GateMLP(Predictor):
         """Take the model whose routers and embeddings are read; the network moves to its device.
 
         Raises:
-            NotAMoEError, ValueError: It has no routers, or they or its embedding cannot be read.
+            NotAMoEError, ValueError: It has no routers, or none that can be run alone.
             SpecMismatchError: It is not the one that it was fitted for.
         """
         bound = BoundModel(model)
-        bound.check(self.kind, self.spec, self._learned.get("router_digest_32"))
+        bound.check(self.kind, self.spec, self._digest_32)
         self._bound, self._reader = bound, None
         if self._net is not None:
             self._net.to(self._device)
@@ -196,7 +196,7 @@ class GateMLP(Predictor):
         )
         self._net.to(self._device)
         self._popularity_LE = fitted.use_LE.cpu()
-        self._learned = {"router_digest_32": bound.digest_32}
+        self._digest_32 = bound.digest_32
         return FitReport(
             fitted.num_requests, fitted.num_tokens, time.perf_counter() - start_s, fitted.details
         )
@@ -281,12 +281,12 @@ class GateMLP(Predictor):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """Weights, popularity, calibration, and which checkpoint's routers these are."""
-        if self._net is None:
+        if self._net is None or self._digest_32 is None:
             return {}
         weights = {f"net.{k}": v.detach().cpu() for k, v in self._net.state_dict().items()}
         return {
             **weights,
-            **self._learned,
+            "router_digest_32": self._digest_32,
             "popularity_LE": self._popularity_LE,
             **self._calibration.tensors(),
         }
@@ -294,7 +294,7 @@ class GateMLP(Predictor):
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
         """Inverse of `tensors`; `bind` follows."""
         self.spec = spec
-        self._learned = {"router_digest_32": tensors["router_digest_32"]}
+        self._digest_32 = tensors["router_digest_32"]
         self._popularity_LE = tensors["popularity_LE"]
         self._calibration = Calibration.from_tensors(tensors)
         weights = {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}

@@ -6,8 +6,10 @@ Shape letters: U units (`gate_net`) · T tokens · N tokens of several requests 
 E experts per layer · D hidden · H targets of a unit · W tokens of a window · X what is left flat.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Final
 
 import torch
@@ -54,7 +56,7 @@ class GateState(State):
     """
 
     recent_ids: list[int | None] = field(default_factory=list)
-    coming_ids: list[int] = field(default_factory=list)
+    coming_ids: deque[int] = field(default_factory=deque)
     last_map_LE: Tensor | None = None
     passing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     passed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
@@ -158,7 +160,7 @@ class GateReader:
 
     def begin(self, state: GateState, token_ids: list[int]) -> None:
         """A request's prompt is known."""
-        state.coming_ids = token_ids
+        state.coming_ids = deque(token_ids)
 
     def pass_token(
         self, state: GateState, map_LE: Tensor, token_id: int | None, next_token_id: int | None
@@ -166,9 +168,11 @@ class GateReader:
         """A token has passed all layers."""
         state.num_tokens += 1
         state.recent_ids = [*state.recent_ids, token_id][-self._context_tokens :]
-        state.coming_ids = state.coming_ids[1:]
-        if next_token_id is not None and state.coming_ids[:1] != [next_token_id]:
-            state.coming_ids = [next_token_id]
+        if state.coming_ids:
+            state.coming_ids.popleft()
+        is_known = bool(state.coming_ids) and state.coming_ids[0] == next_token_id
+        if next_token_id is not None and not is_known:
+            state.coming_ids = deque([next_token_id])
         state.last_map_LE = sparse_map(map_LE.to(self.device), self._spec.top_k)
 
     def read_token(self, state: GateState) -> tuple[Values, Tensor]:
@@ -178,7 +182,7 @@ class GateReader:
         values = {name: nothing_11X.expand(1, 1, size) for name, size in self.input_sizes.items()}
         values["shared_tokens"] = self._window(state, 1)
         values["previous_map"] = self._previous_map(state, part)[:, None]
-        embedded_1D = self._embedded(torch.tensor(state.coming_ids[:1], device=self.device))
+        embedded_1D = self._embedded(torch.tensor([state.coming_ids[0]], device=self.device))
         return values, self._base(lambda _: embedded_1D, part)
 
     @torch.no_grad()
@@ -233,7 +237,7 @@ class GateReader:
 
     def _window(self, state: GateState, num_tokens: int) -> Tensor:
         """float32 [1, T, W*D]: the embeddings around each token of a forward pass; 0 if unknown."""
-        known = [*state.recent_ids, *state.coming_ids[:num_tokens]]
+        known = [*state.recent_ids, *islice(state.coming_ids, num_tokens)]
         known += [None] * (len(state.recent_ids) + num_tokens - len(known))
         ids = torch.tensor([-1 if i is None else i for i in known], device=self.device)
         embedded = self._embedded(ids.clamp_min(0)).masked_fill(ids[:, None] < 0, 0.0)
