@@ -83,13 +83,6 @@ def test_a_predictor_that_reads_the_model_goes_all_the_way(
     assert (Path(other["artifact"]) / "manifest.json").is_file()
 
 
-def test_recorded_traces_alone_say_which_model_is_needed(tmp_path: Path, shared_data: Path) -> None:
-    result = train(tmp_path / "outputs", "source=gptoss20b", "predictor=gate_mlp")
-    assert result.returncode == 1
-    assert "gpt-oss-20b" in result.stderr + result.stdout
-    assert "model=..." in result.stderr + result.stdout
-
-
 def test_a_stage_without_its_input_says_which_to_add(
     first: tuple[Path, dict[str, Any], str],
 ) -> None:
