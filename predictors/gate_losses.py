@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_TEMPERATURE = 0.5  # of `rank`; towards 0 only the strongest unused expert counts, as in `margin`
+
 
 def bce(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
     """Each expert by itself."""
@@ -30,8 +32,9 @@ def distil(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
 
 def rank(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:
     """Each used expert against all unused ones, which do not compete with the other used ones."""
-    unused = scores.masked_fill(used, -torch.inf).logsumexp(-1, keepdim=True)
-    return (F.softplus(unused - scores) * used).sum(-1) / used.sum(-1)
+    sharp = scores / _TEMPERATURE
+    unused = sharp.masked_fill(used, -torch.inf).logsumexp(-1, keepdim=True)
+    return _TEMPERATURE * (F.softplus(unused - sharp) * used).sum(-1) / used.sum(-1)
 
 
 def margin(scores: Tensor, used: Tensor, shares: Tensor) -> Tensor:

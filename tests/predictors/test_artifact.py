@@ -230,7 +230,9 @@ def test_a_folder_that_is_no_artifact_is_named(tmp_path: Path) -> None:
 def test_an_unknown_kind_lists_what_exists_and_imports_nothing(tmp_path: Path, kind: str) -> None:
     path = export(tmp_path / "a")
     edit_manifest(path, kind=kind)
-    with pytest.raises(ValueError, match=f"{kind}.*none, oracle, popularity, previous_token, .*sem"):
+    with pytest.raises(
+        ValueError, match=f"{kind}.*none, oracle, popularity, previous_token, .*sem"
+    ):
         load_artifact(path)
 
 

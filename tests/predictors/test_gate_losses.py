@@ -26,8 +26,8 @@ def test_descending_it_puts_the_used_experts_on_top(name: str) -> None:
 
 def test_rank_compares_each_used_expert_with_the_unused_ones_alone() -> None:
     scores = torch.tensor([[1.0, 0.0, 3.0, 0.0, 0.0]])
-    unused = math.log(3.0)
-    expected = sum(math.log1p(math.exp(unused - used)) for used in (1.0, 3.0)) / 2
+    unused = math.log(3.0)  # at half the temperature: 2 x (1, 0, 3, 0, 0)
+    expected = 0.5 * sum(math.log1p(math.exp(unused - used)) for used in (2.0, 6.0)) / 2
     assert rank(scores, USED, SHARES).item() == pytest.approx(expected)
 
 
