@@ -22,7 +22,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,9 @@ from data.collect import store_name
 from data.errors import MoecastError
 from data.files import digest_json, write_json
 from data.machine import commit, hardware, versions
-from data.schema import TraceSet
+from data.models import load_model
+from data.router_inputs import LiveInputs
+from data.schema import TraceList, TraceSet
 from data.sources import TraceFile
 from data.store import CollectSettings, TraceStore
 from predictors.artifact import artifact_digest, load_artifact, read_manifest, save_artifact
@@ -49,6 +51,7 @@ from predictors.base import FitReport, Predictor
 from predictors.fit.jobs import JOB_FILE, job_record
 from predictors.fit.report import format_table, summary_rows, write_html, write_plots
 from predictors.fit.tracking import Tracker
+from predictors.layer_metrics import evaluate_layer_recall, recorded_batches
 from predictors.prefetch_budget import experts_per_layer_of
 from predictors.registry import PREDICTORS, predictor_class
 from predictors.routing import request_digest, traces_of
@@ -61,6 +64,8 @@ from runtime.evaluate import (
 )
 
 log = logging.getLogger("train")
+
+_LAYER_TOKENS = 2000  # judged layer by layer: most predictors are asked for each by itself
 
 
 class Fitted(NamedTuple):
@@ -90,6 +95,22 @@ class Pipeline:
         self.cfg = cfg
         self.folders = {name: Path(path) for name, path in plain(cfg.paths).items()}
         self.seconds: dict[str, float] = {}
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """The model itself, loaded when it is first asked for, on a GPU if there is one."""
+        if self._model is None:
+            what = self.cfg.model
+            self._model, _ = load_model(what.id, dtype=what.dtype, revision=what.revision)
+            self._model = self._model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return self._model
+
+    def bound(self, predictor: Predictor) -> Predictor:
+        """The same predictor, holding the model if it reads that."""
+        if predictor.needs_model:
+            predictor.bind(self.model)
+        return predictor
 
     @contextmanager
     def stage(self, name: str, result: Path) -> Iterator[bool]:
@@ -146,7 +167,7 @@ class Pipeline:
         folder = self.folders["fitted"] / f"{predictor.kind}-{digest_json(inputs)[:12]}"
         with self.stage("fit", folder / "manifest.json") as must_make:
             if must_make:
-                report = predictor.fit(traces)
+                report = self.bound(predictor).fit(traces)
                 save_artifact(
                     predictor,
                     folder,
@@ -159,7 +180,7 @@ class Pipeline:
                     ],
                     fit_report=report,
                 )
-            predictor = load_artifact(folder, expect=traces.spec)
+            predictor = self.bound(load_artifact(folder, expect=traces.spec))
             fit_report = read_manifest(folder).fit_report or {}
             return Fitted(predictor, folder, artifact_digest(folder), fit_report.get("fit_s"))
 
@@ -194,13 +215,13 @@ class Pipeline:
                     return self._kept(
                         name,
                         {**measured, "predictor": made_from},
-                        lambda: judge_predictor(make(), requests, settings, without=without),
+                        lambda: self._judge(make(), traces, requests, settings, without),
                     )
 
                 found = {predictor.kind: judged(predictor.kind, fitted.digest, lambda: predictor)}
                 for name in baselines:
                     config = {"baseline": PREDICTORS[name]().config()}
-                    found[name] = judged(name, config, partial(_fitted_baseline, name, traces))
+                    found[name] = judged(name, config, partial(self._baseline, name, traces))
                 evaluation = joined(found, requests, settings, without=without)
                 evaluation["cost"][predictor.kind]["fit_s"] = fitted.fit_s
                 evaluation["predictor"] = predictor.kind
@@ -209,6 +230,33 @@ class Pipeline:
                 write_json(result, evaluation)
             kept: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
             return kept
+
+    def _baseline(self, name: str, traces: TraceSet) -> Predictor:
+        predictor = self.bound(PREDICTORS[name]())
+        predictor.fit(traces)
+        return predictor
+
+    def _judge(
+        self,
+        predictor: Predictor,
+        traces: TraceSet,
+        requests: TraceList,
+        settings: JudgeSettings,
+        without: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """What `judge_predictor` finds, and how well coming layers are foreseen if it says so."""
+        found = judge_predictor(predictor, requests, settings, without=without)
+        if "layer" in predictor.moments:
+            if predictor.needs_model:
+                batches = LiveInputs.of_traces(self.model, traces).batches("test")
+            else:
+                batches = recorded_batches(traces, "test")
+            found["report"]["layer_recall"] = evaluate_layer_recall(
+                predictor,
+                batches,
+                max_tokens=min(settings.max_tokens or _LAYER_TOKENS, _LAYER_TOKENS),
+            )
+        return found
 
     def _kept(self, name: str, inputs: Mapping[str, Any], make: Callable[[], Any]) -> Any:
         """What ``make`` returns: made once for the same inputs, by whichever run comes first."""
@@ -241,12 +289,6 @@ class Pipeline:
                     metrics=metrics,
                 )
             return folder
-
-
-def _fitted_baseline(name: str, traces: TraceSet) -> Predictor:
-    predictor = PREDICTORS[name]()
-    predictor.fit(traces)
-    return predictor
 
 
 def _facts(traces: TraceSet, fitted: Fitted) -> dict[str, Any]:

@@ -21,8 +21,8 @@ Forecasts are float32 torch tensors on the CPU unless a predictor says otherwise
 A predictor is fitted once (`fit`), then only read. It is saved as plain tensors, plain values and
 at most one FAISS index (`predictors.artifact`); nothing is pickled.
 
-Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · D hidden ·
-S embedding · H layers ahead.
+Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · N tokens of
+several requests · D hidden · S embedding · H layers ahead.
 """
 
 from abc import ABC, abstractmethod
@@ -35,8 +35,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from data.router_inputs import RoutedTokens
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.embedders.base import Embedder
 from predictors.request_history import RequestHistory
@@ -68,6 +69,20 @@ class Walked(NamedTuple):
 
     forecasts: Sequence[Forecast | None]
     later_TLE: Tensor | None
+
+
+class WalkedLayers(NamedTuple):
+    """What a predictor said while routed tokens were replayed layer by layer (`walk_layers`).
+
+    Attributes:
+        before_NLE: float32, `Forecast.next_LE` as it stood before the token was routed; NaN where
+            there was none.
+        ahead_LNHE: float32, what `on_layer` said after layer l of the token of layers l+1..l+H; NaN
+            where it said nothing.
+    """
+
+    before_NLE: Tensor
+    ahead_LNHE: Tensor
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +144,8 @@ class Predictor(ABC):
         kind: The predictor's name: file name, YAML name and the artifact's `kind`.
         moments: When it speaks.
         needs_truth: It reads `Request.truth`: it judges recorded traces and cannot be exported.
+        needs_model: It reads the model's own modules: it must be given one by `bind`, before `fit`
+            and again after it was loaded.
         embedder: What turns prompts into vectors, or None where it reads no text.
         members: The predictors that it is made of, by name; none but for a blend.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
@@ -138,6 +155,7 @@ class Predictor(ABC):
     kind: ClassVar[str]
     moments: ClassVar[frozenset[Moment]]
     needs_truth: ClassVar[bool] = False
+    needs_model: ClassVar[bool] = False
     embedder: Embedder | None = None
     members: Mapping[str, "Predictor"] = MappingProxyType({})
 
@@ -146,6 +164,18 @@ class Predictor(ABC):
             raise ValueError(f"gamma={gamma}: must be in [0, 1)")
         self.gamma = gamma
         self.spec: MoESpec | None = None
+
+    def bind(self, model: nn.Module) -> None:  # noqa: B027 (most read no model)
+        """Give it the model that it forecasts for; it keeps references and changes nothing there.
+
+        Its routers and embeddings are thus neither copied into the artifact nor held twice.
+
+        Args:
+            model: A transformers model, on the device where it runs.
+
+        Raises:
+            SpecMismatchError: It was fitted for another model.
+        """
 
     @abstractmethod
     def fit(self, traces: TraceSet) -> FitReport:
@@ -192,7 +222,18 @@ class Predictor(ABC):
     def on_layer(
         self, state: State, layer: int, router_input_TD: Tensor, router_probs_TE: Tensor
     ) -> Tensor | None:
-        """Use by these very tokens at layers l+1..l+H: float32 [T, H, E], or None."""
+        """Say what these very tokens will use at layers l+1..l+H.
+
+        Args:
+            state: The request's past; may be updated in place.
+            layer: The layer l that has just routed.
+            router_input_TD: What its router received, T tokens of one request in a row.
+            router_probs_TE: float32, its rows of the tokens' expert maps.
+
+        Returns:
+            float32 [T, H, E], on the inputs' device: the higher, the likelier it is used. A row is
+            NaN where nothing is said, as beyond the last layer; None where all of it would be.
+        """
         return None
 
     def on_routed(self, state: State, layer: int, router_probs_E: Tensor) -> Tensor | None:
@@ -241,6 +282,54 @@ class Predictor(ABC):
                 )
             )
         return Walked(forecasts, later_TLE)
+
+    def walk_layers(self, tokens: RoutedTokens) -> WalkedLayers:
+        """Everything that is said while tokens are decoded one by one, layer by layer.
+
+        Override it only to say the same faster: a test compares.
+
+        Raises:
+            ValueError: It does not speak at the layer moment, or needs inputs that are not there.
+        """
+        if "layer" not in self.moments:
+            raise ValueError(f"predictor {self.kind!r} does not speak layer by layer")
+        spec = self.fitted_spec()
+        num_tokens = len(tokens.starts_N)
+        ids, starts = tokens.token_ids_N.tolist(), tokens.starts_N.tolist()
+        before_NLE = torch.full((num_tokens, spec.num_layers, spec.num_experts), torch.nan)
+        ahead: dict[tuple[int, int], Tensor] = {}
+        state = self.new_state()
+        for n in range(num_tokens):
+            if starts[n]:
+                state = self.new_state()
+                first_id_P = np.array(ids[n : n + 1], np.int32)
+                forecast = self.on_request(state, Request(token_ids_P=first_id_P))
+            if forecast is not None:
+                before_NLE[n] = forecast.next_LE
+            for layer in range(spec.num_layers):
+                inputs_LND = tokens.router_input_LND
+                input_TD = torch.empty(1, 0) if inputs_LND is None else inputs_LND[layer, n : n + 1]
+                probs_TE = tokens.router_probs_LNE[layer, n : n + 1]
+                if (said_THE := self.on_layer(state, layer, input_TD, probs_TE)) is not None:
+                    ahead[layer, n] = said_THE[0]
+            has_next = n + 1 < num_tokens and not starts[n + 1]
+            forecast = self.on_token(
+                state,
+                tokens.router_probs_LNE[:, n].cpu(),
+                token_id=ids[n],
+                next_token_id=ids[n + 1] if has_next else None,
+            )
+        if not ahead:
+            raise ValueError(f"predictor {self.kind!r} said nothing of any layer")
+        some_HE = next(iter(ahead.values()))
+        nothing_HE = torch.full_like(some_HE, torch.nan)
+        ahead_LNHE = torch.stack(
+            [
+                torch.stack([ahead.get((layer, n), nothing_HE) for n in range(num_tokens)])
+                for layer in range(spec.num_layers)
+            ]
+        )
+        return WalkedLayers(before_NLE, ahead_LNHE)
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from predictors.routing import traces_of
 logger = logging.getLogger(__name__)
 
 _NUM_BINS = 1000
+_LEAST_GAP = 1e-4  # between knots: closer ones may mean the same to a float32
 _SLOPE = 0.01  # share of the identity mixed in: isotonic steps are flat, and flat makes ties
 
 
@@ -93,8 +94,9 @@ def fit_calibration(predictor: Predictor, traces: TraceSet) -> tuple[Calibration
     said, came_true, weight = bins.said[used], bins.came_true[used], bins.num_entries[used]
     isotonic = IsotonicRegression(y_min=0.0, y_max=1.0).fit(said, came_true, weight)
     knots, values = isotonic.X_thresholds_, isotonic.y_thresholds_
-    inside = (knots > 0) & (knots < 1)
+    inside = (knots > _LEAST_GAP) & (knots < 1 - _LEAST_GAP)
     knots = np.concatenate([[0.0], knots[inside], [1.0]])
+    knots = knots[np.diff(knots, prepend=-1.0) > _LEAST_GAP]
     values = np.interp(knots, isotonic.X_thresholds_, isotonic.y_thresholds_)
     knots_N = torch.from_numpy(knots).float()
     values_N = torch.from_numpy((1 - _SLOPE) * values + _SLOPE * knots).float()

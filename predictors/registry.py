@@ -13,11 +13,13 @@ from predictors.embedders.sentence import SentenceEmbedder
 from predictors.embedders.token_mean import TokenMeanEmbedder
 from predictors.finemoe import FineMoE
 from predictors.forecaster import Forecaster
+from predictors.gate_mlp import GateMLP
 from predictors.markov import Markov
 from predictors.none import Silent
 from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
+from predictors.router_reuse import RouterReuse
 from predictors.semantic import Semantic
 from predictors.task import Task
 from predictors.trajectory import Trajectory
@@ -29,10 +31,12 @@ PREDICTORS: dict[str, type[Predictor]] = {
         Eamc,
         FineMoE,
         Forecaster,
+        GateMLP,
         Markov,
         Oracle,
         Popularity,
         PreviousToken,
+        RouterReuse,
         Semantic,
         Silent,
         Task,

@@ -289,6 +289,7 @@ def attach(
     _check_foresight(policy, predictor)
     if predictor is not None:
         _check_spec(predictor, spec)
+        predictor.bind(model)
     folder = None if store_dir else tempfile.TemporaryDirectory(prefix="moecast-")
     try:
         store = open_store(Path(folder.name if folder else store_dir or ""), layers)

@@ -43,6 +43,9 @@ class Observer:
             has nothing to say.
         on_later: Called with a layer and the use of its experts after the token that it has just
             routed, float32 [E], where the predictor says it (`Predictor.on_routed`).
+        on_ahead: Called with a layer that has just routed and what the pass's tokens will use in
+            the next ones, float32 [T, H, E], rows of the batch one after the other, where the
+            predictor says it (`Predictor.on_layer`). Without it the predictor is not asked.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Observer:
         predictor: Predictor,
         on_forecast: Callable[[Forecast], None],
         on_later: Callable[[int, Tensor], None] | None = None,
+        on_ahead: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         self._signature = inspect.signature(model.forward)
         self._history = RequestHistory()
@@ -61,6 +65,7 @@ class Observer:
         self._uses = _Uses(predictor.fitted_spec().top_k) if remembers else None
         self._on_forecast = on_forecast
         self._on_later = on_later if "routed" in predictor.moments else None
+        self._on_ahead = on_ahead if "layer" in predictor.moments else None
         self._prompts: tuple[str, ...] | None = None
         self._states: list[State] = []
         self._forecasts: list[Forecast | None] = []
@@ -92,6 +97,10 @@ class Observer:
             self._maps[moe.layer] = probs_TE
             if self._on_later is not None and len(probs_TE) == len(self._states):
                 self._on_later(moe.layer, self._later_E(moe.layer, probs_TE.cpu()))
+            if self._on_ahead is not None:
+                input_TD = args[0].detach().flatten(0, -2)
+                if said := self._ahead(moe.layer, input_TD, probs_TE):
+                    self._on_ahead(moe.layer, torch.cat(said))
 
         return keep_map
 
@@ -102,6 +111,14 @@ class Observer:
             for state, probs_E in zip(self._states, probs_BE, strict=True)
         ]
         return torch.stack([later_E for later_E in said if later_E is not None]).mean(0)
+
+    def _ahead(self, layer: int, input_TD: Tensor, probs_TE: Tensor) -> list[Tensor]:
+        """What each row's tokens will use in the layers after one that has routed."""
+        said = [
+            self._predictor.on_layer(state, layer, input_TD[where], probs_TE[where])
+            for state, where in zip(self._states, self._last.where, strict=True)
+        ]
+        return [said_THE for said_THE in said if said_THE is not None]
 
     @torch.no_grad()
     def _before_forward(

@@ -68,6 +68,21 @@ def test_another_predictor_shares_the_traces(first: tuple[Path, dict[str, Any], 
     assert len(list((outputs / "traces").iterdir())) == 1
 
 
+@pytest.mark.parametrize("override", ["router_reuse", "gate_mlp predictor.steps=2"])
+def test_a_predictor_that_reads_the_model_goes_all_the_way(
+    first: tuple[Path, dict[str, Any], str], override: str
+) -> None:
+    outputs, values, _ = first
+    other = summary(train(outputs, SMALL, *f"predictor={override}".split()))
+    assert other["traces"] == values["traces"]
+    evaluation = next(outputs.glob(f"evaluations/{other['predictor']}-*/evaluation.json"))
+    judged = json.loads(evaluation.read_text())["predictors"][other["predictor"]]["layer_recall"]
+    recalls = [judged["by_lookahead"][h] for h in ("1", "2", "3", "4")]
+    assert sorted(recalls, reverse=True) == recalls
+    assert recalls[3] > 2 * 4 / 32, "no better than twice chance"
+    assert (Path(other["artifact"]) / "manifest.json").is_file()
+
+
 def test_a_stage_without_its_input_says_which_to_add(
     first: tuple[Path, dict[str, Any], str],
 ) -> None:

@@ -39,6 +39,16 @@ def test_rankings_survive_even_where_experts_came_true_equally_often() -> None:
     assert (calibration(said).diff() > 0).all()
 
 
+def test_forecasts_that_are_nearly_certain_can_be_calibrated() -> None:
+    """Knots at 0 + 1e-9 and 1 - 1e-7 differ to a float64 alone: 'must be strictly increasing'."""
+    predictor = Boaster()
+    said_LE = torch.tensor([[1 - 1e-7, 0.4, 0.2, 1e-9]] * 2)
+    predictor.script = [Forecast(said_LE, said_LE)]
+    calibration, _ = fit_calibration(predictor, val_traces())
+    mapped = calibration(torch.tensor([1.0, 0.4, 0.2, 0.0]))
+    assert mapped.tolist() == pytest.approx([0.6, 0.2, 0.2, 0.0], abs=0.01)
+
+
 def test_slot_recall_is_the_same_before_and_after() -> None:
     traces = val_traces()
     raw = Boaster()

@@ -13,8 +13,10 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from data.adapters import expert_parameters, moe_layers, router_probs_TE, spec_of
 from data.errors import NotAMoEError, SpecMismatchError
+from data.router_inputs import LiveInputs
 from data.schema import MoESpec, Trace, TraceList
 from predictors.base import Forecast, State
+from predictors.gate_mlp import GateMLP
 from runtime.engine import attach
 from runtime.expert_layout import ExpertLayout
 from runtime.policies.base import later_use
@@ -404,3 +406,17 @@ def test_a_model_that_is_not_on_the_cpu_is_refused() -> None:
         model = AutoModelForCausalLM.from_config(tiny_model("olmoe").config)
     with pytest.raises(ValueError, match="gate_up_proj of layer 0 is on meta"):
         attach(model, slots=SLOTS)
+
+
+def test_a_predictor_that_reads_the_model_is_given_it() -> None:
+    model = tiny_model("olmoe")
+    predictor = GateMLP(width=8, steps=2, trainer={"accelerator": "cpu"})
+    predictor.bind(model)
+    prompts: Any = {split: [np.arange(20)] * 2 for split in ("fit", "val")}
+    predictor.fit_inputs(LiveInputs(model, prompts))
+    loaded = GateMLP(**predictor.config())
+    loaded.load_state(spec_of(model), predictor.tensors())
+    expected = generate(model)
+    with attach(model, policy="forecast", slots=SLOTS, predictor=loaded) as offload:
+        assert torch.equal(generate(model), expected)
+        assert offload.stats().hits

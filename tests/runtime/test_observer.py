@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from data.adapters import moe_layers, router_probs_TE, spec_of
+from data.router_inputs import LiveInputs
 from data.schema import Trace
 from predictors.base import Forecast, Request, State
 from predictors.request_history import RequestHistory
+from predictors.router_reuse import RouterReuse
 from predictors.routing import request_use_LE
 from runtime.observer import Observer
 from tests.fakes import ScriptedPredictor
@@ -230,3 +232,27 @@ def test_a_finished_request_is_remembered_as_its_trace_would_be(
         trace = trace_of(model, output_P[:-1], num_prompt_tokens)
         expected_LE = request_use_LE(trace, spec_of(model).num_experts)
         assert use_LE.numpy() == pytest.approx(expected_LE, abs=1e-6)
+
+
+def test_what_is_said_of_coming_layers_is_passed_on_as_when_walking(model: Any) -> None:
+    """Prompt at once, then token by token: what `walk_layers` says of the same tokens."""
+    predictor = RouterReuse(lookahead=2)
+    predictor.bind(model)
+    predictor.fit_model()
+    said: dict[int, list[Tensor]] = {}
+    observer = Observer(
+        model=model,
+        layers=moe_layers(model),
+        predictor=predictor,
+        on_forecast=lambda forecast: None,
+        on_ahead=lambda layer, said_THE: said.setdefault(layer, []).append(said_THE),
+    )
+    (ids_P,) = generate(model, [[7, 3, 9]])
+    observer.remove()
+    (tokens,) = LiveInputs(model, {"test": [ids_P[:-1].numpy()]}).batches("test")
+    ahead_LNHE = predictor.walk_layers(tokens).ahead_LNHE
+    assert sorted(said) == [0, 1]
+    for layer, parts in said.items():
+        torch.testing.assert_close(
+            torch.cat(parts), ahead_LNHE[layer], atol=1e-4, rtol=1e-4, equal_nan=True
+        )
