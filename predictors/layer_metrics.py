@@ -38,10 +38,9 @@ def recorded_batches(traces: TraceSet, split: Split) -> Iterator[RoutedTokens]:
         if trace.token_ids_P is not None:
             first = trace.first_routed_position
             ids_N = torch.from_numpy(trace.token_ids_P[first + rows.start : first + rows.stop])
-        maps = [
-            torch.from_numpy(trace.expert_map_LE(t, num_experts))
-            for t in range(*rows.indices(rows.stop))
-        ]
+        maps_NLE = np.stack(
+            [trace.expert_map_LE(t, num_experts) for t in range(rows.start, rows.stop)]
+        )
         experts_NLK = torch.from_numpy(trace.topk_expert_ids_TLK[rows]).long()
         yield RoutedTokens(
             starts_N=torch.arange(len(ids_N)) == 0,
