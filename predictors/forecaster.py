@@ -89,7 +89,7 @@ class Forecaster(Predictor):
         discounts: Sequence[float] = (0.7, 0.9, 0.96),
         hidden_dim: int = 1024,
         num_nets: int = 1,
-        epochs: int = 12,
+        epochs: int = 10,
         batch_size: int = 512,
         learning_rate: float = 2e-3,
         weight_decay: float = 1.0,

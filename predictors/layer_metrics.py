@@ -16,6 +16,7 @@ Shape letters: N tokens · L MoE layers · E experts per layer · K experts per 
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 

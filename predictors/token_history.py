@@ -195,25 +195,20 @@ def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
     """Copies before every token but the first, whose id nobody tells in time."""
     num_tokens = len(ids_T)
     copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1])
-    match_W = torch.zeros(0, dtype=torch.int64)
     for start in range(1, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
         low = max(0, start - COPY_WINDOW)
-        matches: list[Tensor] = []
-        for t in range(start, stop):
-            # The same steps as `History._look_up`, in columns low..stop of all places.
-            window = slice(max(0, t - COPY_WINDOW), t)
-            size = t - window.start
-            before_W = torch.cat([torch.zeros(1, dtype=torch.int64), match_W])[-size:]
-            match_W = torch.where(ids_T[window] == ids_T[t], before_W + 1, 0)
-            placed = torch.zeros(stop - low, dtype=torch.int64)
-            placed[window.start - low : t - low] = match_W
-            matches.append(placed)
-        weights_MBW = _weights(torch.stack(matches))
-        block = torch.arange(start, stop)[:, None] - torch.arange(low, stop)
-        copies_TMJ[start:stop] = _attend(weights_MBW, uses_TJ[low:stop], until=block > 0).transpose(
-            0, 1
-        )
+        now_B1, place_W = torch.arange(start, stop)[:, None], torch.arange(low, stop)
+        routed_BW = (place_W < now_B1) & (place_W >= now_B1 - COPY_WINDOW)
+        match_BW = torch.zeros(routed_BW.shape, dtype=torch.int64)
+        same_BW = routed_BW
+        for back in range(_COPY_MAX_MATCH):  # one more token back, as long as all after it agree
+            same_BW = same_BW & (place_W >= back)
+            same_BW &= ids_T[(now_B1 - back).clamp(min=0)] == ids_T[(place_W - back).clamp(min=0)]
+            match_BW += same_BW
+        copies_TMJ[start:stop] = _attend(
+            _weights(match_BW), uses_TJ[low:stop], until=routed_BW
+        ).transpose(0, 1)
     return copies_TMJ
 
 
