@@ -155,6 +155,18 @@ def main(argv: Sequence[str]) -> None:
             num_nets=args.num_nets, hidden_dim=args.hidden_dim, seed=seed, trainer=trainer
         )
 
+    timed: dict[str, Any] = {}
+    if args.time_all:
+        everything: dict[str, Split] = dict.fromkeys(topics_of(gptoss), "fit")
+        start_s = time.perf_counter()
+        fitted = forecaster(0)
+        fitted.fit(dataclasses.replace(gptoss, split=everything))
+        timed["fit_all_s"] = time.perf_counter() - start_s
+        timed["num_all_tokens"] = sum(trace.num_tokens for trace in gptoss.traces)
+        if torch.cuda.is_available():
+            timed["graph_us_per_token"] = graph_us_per_token(fitted)
+            print(f"one token on the GPU: {timed['graph_us_per_token']['median']:.0f} us")
+        print(f"fit on all {timed['num_all_tokens']:,} tokens: {timed['fit_all_s']:.0f} s")
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
         split: dict[str, Split] = split_by_topic(topics_of(gptoss), seed=seed)
@@ -171,21 +183,11 @@ def main(argv: Sequence[str]) -> None:
         "seeds": args.seeds,
         "num_nets": args.num_nets,
         "device": _device(args.device),
+        **timed,
         "settings": {
             name: {"summary": summarize(of_name), "runs": of_name} for name, of_name in runs.items()
         },
     }
-    if args.time_all:
-        everything: dict[str, Split] = dict.fromkeys(topics_of(gptoss), "fit")
-        start_s = time.perf_counter()
-        fitted = forecaster(0)
-        fitted.fit(dataclasses.replace(gptoss, split=everything))
-        outcome["fit_all_s"] = time.perf_counter() - start_s
-        outcome["num_all_tokens"] = sum(trace.num_tokens for trace in gptoss.traces)
-        if torch.cuda.is_available():
-            outcome["graph_us_per_token"] = graph_us_per_token(fitted)
-            print(f"one token on the GPU: {outcome['graph_us_per_token']['median']:.0f} us")
-        print(f"fit on all {outcome['num_all_tokens']:,} tokens: {outcome['fit_all_s']:.0f} s")
     print(_table(outcome))
     record("forecaster", outcome, out=args.out)
 
