@@ -334,7 +334,7 @@ def measure(options: Options) -> dict[str, Any]:
     print("\n".join(lines))
     return {
         "options": {k: v for k, v in dataclasses.asdict(options).items() if k != "out"},
-        "model": inputs.spec.describe(),
+        "model": dataclasses.replace(inputs.spec, model_id=Path(options.model).name).describe(),
         "device": torch.cuda.get_device_name() if _device(options) == "cuda" else "cpu",
         "num_tokens": counts,
         **numbers,

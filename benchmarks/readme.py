@@ -93,6 +93,69 @@ def _collect_overhead(result: dict[str, Any]) -> str:
     )
 
 
+def _forecaster(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    rows = []
+    for name, setting in settings.items():
+        summary = setting["summary"]
+        cells = [*summary["recall"].values(), *summary["gap_closed"].values()]
+        rows.append([name, *(_points(cell) for cell in cells)])
+    shares = ("25 %", "40 %", "50 %")
+    header = ["traces", "recall@K", "recall@2K", *(f"gap closed, {share}" for share in shares)]
+    fitted = ""
+    if "fit_all_s" in result:
+        fitted = (
+            f" A fit on all {result['num_all_tokens']:,} tokens of gpt-oss-20b takes "
+            f"{result['fit_all_s']:.0f} s ({result['device']})."
+        )
+    return (
+        f"{markdown(header, rows)}\n\nMean (sd) over {len(result['seeds'])} seeds, in per cent."
+        f"{fitted} {_where(result)}"
+    )
+
+
+def _layer_recall(result: dict[str, Any]) -> str:
+    def row(name: str, of_lookahead: Sequence[str]) -> list[str]:
+        return [name, *of_lookahead]
+
+    ahead = list(result["recall"])
+    reuse = result["router_reuse"]["by_lookahead"]
+    table = markdown(
+        ["layers ahead", *ahead],
+        [
+            row("router_reuse", [f"{100 * reuse[h]:.1f}" for h in ahead]),
+            row("gate_mlp", [_points(result["recall"][h]) for h in ahead]),
+            row(
+                "gain at the worst layer",
+                [f"{result['worst_layer_gain_points'][h]['mean']:+.1f}" for h in ahead],
+            ),
+        ],
+    )
+    return (
+        f"{result['model']}, slot recall in per cent, mean (sd) over three seeds:\n\n{table}\n\n"
+        f"Layer 0, from the tokens' embeddings: {_points(result['layer_0'])}. "
+        f"{result['parameters'] / 1e6:.1f} M parameters, fitted in {result['fit_s']['mean']:.0f} s "
+        f"on {result['device']}. {_where(result)}"
+    )
+
+
+def _index(result: dict[str, Any]) -> str:
+    (row,) = result["results"]
+    query_ms = row["query_ms"]
+    return (
+        f"{row['num_records']:,} records of {result['dim']} numbers: {row['kind'].upper()}, "
+        f"{query_ms['median']:.2f} ms a query ({query_ms['min']:.2f} to {query_ms['max']:.2f}), "
+        f"recall@1 {row['recall_at_1']:.3f} against exact search, "
+        f"{row['while_changing']['median_ms']:.2f} ms while "
+        f"{row['while_changing']['replaced_per_s']:,.0f} records a second are replaced. "
+        f"{_where(result)}"
+    )
+
+
+def _points(values: dict[str, Any]) -> str:
+    return f"{100 * values['mean']:.1f} ({100 * (values['sd'] or 0):.1f})"
+
+
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
@@ -105,7 +168,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "collect_overhead": _collect_overhead,
     "demo": _demo,
     "embedders": _embedders,
+    "forecaster": _forecaster,
     "gptoss20b": _demo,
+    "index": _index,
+    "layer_recall": _layer_recall,
+    "layer_recall_tiny": _layer_recall,
     "recorded_truth": _recorded_truth,
     "simulate": _simulate,
 }
