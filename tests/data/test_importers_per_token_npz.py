@@ -115,8 +115,8 @@ def test_missing_information_is_guessed_aloud(
 
 def test_who_knows_the_model_may_say_how_many_experts_it_has(tmp_path: Path) -> None:
     """A short trace need not touch the last expert, and would be taken for another model's."""
-    path = write(tmp_path, arrays())
-    path.with_name("x.info.json").unlink(missing_ok=True)
+    path = write(tmp_path)
+    path.with_name("fake.info.json").unlink()
     assert read_per_token_npz(path, num_experts=64).spec.num_experts == 64
 
 
