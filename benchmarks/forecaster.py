@@ -1,6 +1,6 @@
 """How much of the way to Belady's optimum the learned forecaster closes, on requests never seen.
 
-    python -m benchmarks.forecaster                    # a quarter of an hour on two cores
+    python -m benchmarks.forecaster                    # half an hour on two cores
     python -m benchmarks.forecaster num_nets=3          # three networks averaged
     python -m benchmarks.forecaster seeds=[0] max_tokens=3000
 

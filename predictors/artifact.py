@@ -231,7 +231,7 @@ def load_artifact(path: Path, *, expect: MoESpec | None = None) -> Predictor:
     predictor = _constructed(manifest, path)
     try:
         predictor.load_state(spec, load_file(path / STATE))
-    except (safetensors.SafetensorError, KeyError) as error:
+    except (safetensors.SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise DamagedFileError(path / STATE, f"cannot be read ({error})") from error
     for name, one in _index_files(predictor):
         if name in manifest.files:

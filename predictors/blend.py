@@ -69,6 +69,10 @@ class Blend(Predictor):
                 raise ValueError(f"members: {name!r} is no identifier")
             if member.needs_truth:
                 raise ValueError(f"members.{name}: {member.kind!r} reads the recorded future")
+            if member.needs_model:
+                raise ValueError(
+                    f"members.{name}: {member.kind!r} reads the model itself, a blend does not"
+                )
             if member.gamma != gamma:
                 raise ValueError(f"members.{name}.gamma={member.gamma}: must be gamma={gamma}")
         # Weights go by position, and manifests sort their keys: one order, whoever wrote it down.

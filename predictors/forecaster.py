@@ -38,12 +38,14 @@ class ForecasterState(State):
     Attributes:
         history: What the nets read.
         tokens: Embedding rows of the next token, the last one and the one before.
-        said: What each net said before the token at hand, with what its layers have passed on.
+        said: What each net said before the token at hand.
+        carried: The same, with what that token's layers have passed on so far.
     """
 
     history: History | None = None
     tokens: tuple[int, ...] = ()
     said: list[Before] = field(default_factory=list)
+    carried: list[Before] = field(default_factory=list)
 
 
 class Forecaster(Predictor):
@@ -69,10 +71,10 @@ class Forecaster(Predictor):
         batch_size: Tokens per step.
         learning_rate: The highest of the schedule.
         weight_decay: AdamW's, on matrices.
-        dropout: Of inputs and hidden units.
+        dropout: Of inputs and hidden units; token embeddings have 0.3.
         token_capacity: At most so many tokens have an embedding, the most frequent ones.
-        max_fit_tokens: Memory bound, 18 bytes x L x E a token: of a larger set, whole requests are
-            left out, evenly spaced.
+        max_fit_tokens: Memory bound, 20 bytes x L x E a token, twice that for a moment: of a larger
+            set, whole requests are left out, evenly spaced.
         seed: Of initialisation, order and dropout.
         trainer: Where to train (`fit.training`); not part of what is learned.
 
@@ -212,10 +214,12 @@ class Forecaster(Predictor):
         """What the layer needs after this token, from its own and the earlier layers' routing."""
         assert isinstance(state, ForecasterState)
         assert state.history is not None, "on_request comes before on_routed"
+        if layer == 0:  # also where a forward pass was broken off and the token comes again
+            state.carried = list(state.said)
         rows_RE = state.history.after_RE(layer, router_probs_E)
         later = []
         for n, net in enumerate(self.nets):
-            later_GE, state.said[n] = net.after_layer(state.said[n], layer, rows_RE)
+            later_GE, state.carried[n] = net.after_layer(state.carried[n], layer, rows_RE)
             later.append(later_GE.sigmoid())
         return self._discounted(torch.stack(later).mean(0))
 
@@ -223,7 +227,7 @@ class Forecaster(Predictor):
     def walk(self, trace: Trace, *, with_truth: bool = False) -> Walked:
         """The same forecasts, many tokens at once."""
         spec = self.fitted_spec()
-        past_NRLE, copies_TRLE, _ = histories_of(trace, self._popularity_LE, spec.top_k)
+        past_NRLE, copies_TRLE = histories_of(trace, self._popularity_LE, spec.top_k)
         tokens_T3 = tokens_read_N3(trace, self._token_rows)[:-1].long()
         forecasts: list[Forecast | None] = []
         shape_LE = self._popularity_LE.shape
@@ -298,7 +302,9 @@ class Forecaster(Predictor):
         if num_tokens <= self.max_fit_tokens:
             return kept
         share = self.max_fit_tokens / num_tokens
-        places = np.linspace(0, len(kept) - 1, max(1, int(share * len(kept)))).round().astype(int)
+        spaced = np.linspace(0, len(kept) - 1, max(1, int(share * len(kept)))).round().astype(int)
+        total = np.cumsum([kept[i].num_tokens for i in spaced])
+        places = spaced[: max(1, int((total <= self.max_fit_tokens).sum()))]
         logger.warning(
             "fitting on %d of %d requests: max_fit_tokens=%d, there are %d tokens",
             len(places),

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 
 from predictors.token_history import NUM_ROWS, NUM_TOKENS_READ
 
+_TOKEN_DROPOUT = 0.3  # a token is seen a few times only: half of its embedding would be too much
+
 
 class Before(NamedTuple):
     """What is said before a token is routed, and what `ForecasterNet.after` needs of it."""
@@ -46,7 +48,7 @@ class ForecasterNet(nn.Module):
         hidden_dim: H.
         token_dim: Of a token's embedding.
         carry_dim: Q.
-        dropout: Of inputs and of the hidden layer.
+        dropout: Of inputs and of the hidden layer; token embeddings have `_TOKEN_DROPOUT`.
         token_dropout: Share of token ids that training hides, so that it learns to do without.
     """
 
@@ -103,7 +105,7 @@ class ForecasterNet(nn.Module):
         if self.training and self.token_dropout:
             hidden = torch.rand(tokens_B3.shape, device=tokens_B3.device) < self.token_dropout
             tokens_B3 = tokens_B3.masked_fill(hidden, self.num_tokens)
-        embedded = _dropout(self.embedding(tokens_B3).flatten(1), 0.3, self.training)
+        embedded = _dropout(self.embedding(tokens_B3).flatten(1), _TOKEN_DROPOUT, self.training)
         rows = _dropout(rows_BRLE.flatten(1), self.dropout, self.training)
         hidden_BH = F.gelu(self.read(rows) + self.read_tokens(embedded))
         hidden_BH = _dropout(hidden_BH, self.dropout, self.training)
@@ -161,7 +163,7 @@ def _dropout(x: Tensor, share: float, training: bool) -> Tensor:
 
     On a CPU, drawing each by itself takes more than a third of a training step.
     """
-    dropped = round(256 * share)
+    dropped = min(255, round(256 * share))
     if not training or not dropped:
         return x
     words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)

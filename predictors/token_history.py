@@ -2,9 +2,10 @@
 
 Before each token there are `NUM_ROWS` numbers for every (layer, expert), in rows:
 
-    0     the last token's expert map, reduced to its K experts and renormalised, since traces of
+    0     the last token's expert map, reduced to its K largest and renormalised, since traces of
           other engines record no more than that
-    1     1 where the last token used the expert
+    1     1 for those K experts. They are the ones that ran, but for routers whose choice is steered
+          by biases or groups: a map is all that `Predictor.on_token` is shown
     2-5   moving averages of use, one for each of `DECAYS`; they start at popularity
     6     `_AGE_SCALE` * log(1 + tokens since the last use)
     7-8   copies: the use that followed earlier places of this request which ended in the same
@@ -137,7 +138,7 @@ class History:
         self._copies_RLE = copied_MJ.view_as(self._no_copies)
 
 
-def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """All of a trace's histories at once.
 
     Args:
@@ -147,7 +148,7 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
 
     Returns:
         The past before each row, and after the last one, as rows: float32 [T + 1, NUM_PAST, L, E];
-        the copies before each row: float32 [T, len(COPY_MIN_MATCH), L, E]; and use, bool [T, L, E].
+        and the copies before each row: float32 [T, len(COPY_MIN_MATCH), L, E].
 
     Raises:
         MoecastError: A recorded probability is NaN or infinite.
@@ -171,7 +172,7 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
         )
         copies_TMJ = _copies_TMJ(ids_T, use_TLE.flatten(1) > 0)
         copies_TMLE = copies_TMJ.view(*copies_TMJ.shape[:2], *popularity_LE.shape)
-    return torch.stack(past), copies_TMLE, use_TLE > 0
+    return torch.stack(past), copies_TMLE
 
 
 def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:

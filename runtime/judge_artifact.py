@@ -134,6 +134,11 @@ def _choose(manifest: Manifest, traces: TraceSet, split: str) -> tuple[TraceList
         requests = judged_requests(traces, "test")
         return requests, "test", "the test requests of the traces that it was fitted on"
     everything = judged_requests(traces, "all")
+    if not manifest.fitted_requests:
+        logger.warning(
+            "the artifact does not say which requests it was fitted on: none is left out"
+        )
+        return everything, "all", "every request: the artifact does not name those of its fit"
     fitted = set(manifest.fitted_requests)
     unseen = [trace for trace in everything.traces if request_digest(trace) not in fitted]
     num_seen = len(everything) - len(unseen)

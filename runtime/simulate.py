@@ -30,7 +30,7 @@ from data.cli import parse_cli
 from data.errors import MoecastError
 from data.importers import load_traces
 from data.schema import MoESpec, Trace, TraceSet
-from predictors.artifact import load_artifact
+from predictors.artifact import load_artifact, read_manifest
 from predictors.base import Predictor, Walked
 from predictors.request_history import RequestHistory
 from runtime.budget import Budget, Scope, parse_budgets, working_set_bytes
@@ -357,7 +357,7 @@ class Args:
 
     trace: a name or path of any traces; policy and the budgets may be lists: slots=[8,13,16].
     artifact: the folder of a predictor, for policy=forecast. Every request of the trace is
-    replayed, also those it may have been fitted on: to judge a predictor, use train.py.
+    replayed, also those it may have been fitted on: predictors.evaluate leaves those out.
     """
 
     trace: str
@@ -376,7 +376,9 @@ def main(argv: Sequence[str]) -> None:
     """Command line: a table for people, then one line of JSON."""
     args = parse_cli(Args, argv)
     try:
-        traces = load_traces(args.trace)
+        # A trace that does not say how many experts there are is taken for the artifact's model's.
+        told = None if args.artifact is None else read_manifest(args.artifact).spec.num_experts
+        traces = load_traces(args.trace, num_experts=told)
         clock = None
         if args.link_bytes_per_s is not None:
             clock = Clock(

@@ -7,7 +7,7 @@
     X.vocab.json   the token strings that tokens index         (with tokens)
 
 Where a prompt is given, its tokens carry no routing: the rows are decode steps. Without one, the
-rows are taken for a prompt's, as of a teacher-forced forward pass.
+rows are taken for a prompt's, as of a teacher-forced forward pass, and ``tokens`` are not read.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ def read_per_token_npz(path: Path, *, num_experts: int | None = None) -> TraceLi
     info_path, seqs_path, vocab_path = (
         path.with_name(stem + suffix) for suffix in (".info.json", ".seqs.jsonl", ".vocab.json")
     )
-    info = _read_json(info_path) if info_path.exists() else {}
+    info = _read_json(info_path, dict) if info_path.exists() else {}
     if "num_experts" in info:
         num_experts = int(info["num_experts"])
     elif num_experts is None:
@@ -141,11 +141,15 @@ def _read_prompts(
 ) -> list[_RecordedPrompt]:
     """The prompt of each request; empty if the file records none."""
     if not {"tokens", "prompt_tokens", "prompt_offsets"} <= set(arrays):
+        if "tokens" in arrays:
+            logger.warning("%s: tokens are read only with prompts: ids are left out", path)
         return []
     tokens, prompt_tokens = arrays["tokens"], arrays["prompt_tokens"]
     if tokens.shape != (offsets[-1],):
         raise DamagedFileError(path, "tokens and experts disagree in length")
-    vocab = _read_json(vocab_path)
+    vocab = _read_json(vocab_path, list)
+    if not all(isinstance(text, str) for text in vocab):
+        raise DamagedFileError(vocab_path, "must hold strings only")
     for name, ids in (("tokens", tokens), ("prompt_tokens", prompt_tokens)):
         if not 0 <= ids.min(initial=0) <= ids.max(initial=0) < len(vocab):
             raise DamagedFileError(path, f"{name} point outside {vocab_path.name}")
@@ -188,20 +192,26 @@ def _check_offsets(
     return offsets.astype(np.int64)
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path, kind: type[dict[str, Any]] | type[list[Any]]) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DamagedFileError(path, "the npz beside it needs it, and it is not there") from None
     except ValueError as error:
         raise DamagedFileError(path, str(error)) from error
+    if not isinstance(values, kind):
+        raise DamagedFileError(path, f"holds a {type(values).__name__}, not a {kind.__name__}")
+    return values
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError as error:
             raise MalformedInputError(path, number, str(error)) from error
+        if not isinstance(row, dict):
+            raise MalformedInputError(path, number, "is no JSON object")
+        rows.append(row)
     return rows

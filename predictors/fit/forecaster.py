@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from data.schema import Trace
 from predictors.fit.training import TrainerSettings, make_trainer
 from predictors.forecaster_net import ForecasterNet
+from predictors.routing import expert_use_TLE
 from predictors.token_history import histories_of, tokens_read_N3
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def examples_of(
     """
     past, copies, uses, tokens, is_example = [], [], [], [], []
     for trace in traces:
-        past_RLE, copies_RLE, use_TLE = histories_of(trace, popularity_LE, top_k)
+        past_RLE, copies_RLE = histories_of(trace, popularity_LE, top_k)
+        use_TLE = torch.from_numpy(expert_use_TLE(trace, popularity_LE.shape[1])) > 0
         past.append(past_RLE.half())
         copies.append(torch.cat([copies_RLE, torch.zeros_like(copies_RLE[:1])]).half())
         uses.append(use_TLE)
@@ -183,6 +185,8 @@ def fit_net(
 ) -> ForecasterNet:
     """Train one network; returns it on the CPU, in eval mode.
 
+    On several devices each of them takes ``batch_size`` rows a step.
+
     Raises:
         ValueError: The loss is not finite: the examples or the learning rate are at fault.
     """
@@ -195,15 +199,15 @@ def fit_net(
             learning_rate=learning_rate,
             weight_decay=weight_decay,
         )
+        runner = make_trainer(trainer, max_epochs=epochs, prefer_bf16=True)
         rows: Any = examples.examples_M.tolist()
         loader: DataLoader[int] = DataLoader(
             rows,
-            batch_size=min(batch_size, len(examples.examples_M)),
+            batch_size=min(batch_size, max(1, len(rows) // runner.world_size)),
             shuffle=True,
             drop_last=True,
             collate_fn=torch.tensor,
         )
-        runner = make_trainer(trainer, max_epochs=epochs, prefer_bf16=True)
         runner.fit(module, loader)
     loss = float(runner.callback_metrics["loss"])
     if not np.isfinite(loss):

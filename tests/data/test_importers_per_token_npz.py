@@ -113,6 +113,31 @@ def test_missing_information_is_guessed_aloud(
     assert "does not say num_experts" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"rows": '1\n{"id": "b"}\n'}, "line 1: is no JSON object"),
+        ({"info": ["fake"]}, "holds a list, not a dict"),
+        ({"vocab": {"Hello": 0}}, "holds a dict, not a list"),
+        ({"vocab": [0, 1, 2, 3]}, "must hold strings only"),
+    ],
+    ids=["row", "info", "vocab", "vocab of numbers"],
+)
+def test_a_sidecar_of_another_shape_is_named(
+    tmp_path: Path, odd: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((DamagedFileError, MalformedInputError), match=message):
+        read_per_token_npz(write(tmp_path, **odd))
+
+
+def test_tokens_without_prompts_are_left_out_aloud(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path, prompt_tokens=None)
+    assert read_per_token_npz(path)[0].token_ids_P is None
+    assert "tokens are read only with prompts" in caplog.text
+
+
 def test_who_knows_the_model_may_say_how_many_experts_it_has(tmp_path: Path) -> None:
     """A short trace need not touch the last expert, and would be taken for another model's."""
     path = write(tmp_path)

@@ -22,6 +22,7 @@ from predictors.oracle import Oracle
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
 from predictors.request_history import RequestHistory
+from predictors.router_reuse import RouterReuse
 from predictors.routing import decode_rows, expert_use_TLE, traces_of
 from predictors.semantic import Semantic
 from predictors.task import Task
@@ -311,9 +312,10 @@ def test_members_that_we_did_not_write_are_named(
         ({"members": {}}, "needs at least one"),
         ({"members": {"a b": Popularity()}}, "'a b' is no identifier"),
         ({"members": {"a": Oracle()}}, r"members\.a: 'oracle' reads the recorded future"),
+        ({"members": {"a": RouterReuse()}}, r"members\.a: 'router_reuse' reads the model itself"),
         ({"members": {"a": Popularity(gamma=0.9)}}, r"members\.a\.gamma=0\.9: must be gamma=0\.95"),
     ],
-    ids=["none", "name", "oracle", "gamma"],
+    ids=["none", "name", "oracle", "model", "gamma"],
 )
 def test_a_member_that_does_not_fit_is_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ import torch
 from data.errors import MoecastError
 from data.schema import MoESpec, Trace, TraceList
 from predictors.artifact import load_artifact, save_artifact
-from predictors.base import Predictor
+from predictors.base import Predictor, Request
 from predictors.forecaster import Forecaster
 from predictors.forecaster_net import ForecasterNet
 from predictors.metrics import evaluate_recall
@@ -120,6 +120,17 @@ def test_a_layer_reads_no_later_layer(fitted: Forecaster, traces: TraceList) -> 
     torch.testing.assert_close(before[:20], after[:20])
     torch.testing.assert_close(before[20, 0], after[20, 0])
     assert not torch.equal(before[20, 1], after[20, 1])
+
+
+def test_a_pass_that_was_broken_off_leaves_no_trace(fitted: Forecaster, traces: TraceList) -> None:
+    """Layers that have routed once already are asked again when the token comes again."""
+    state = fitted.new_state()
+    fitted.on_request(state, Request.of(traces[3]))
+    map_LE = torch.from_numpy(traces[3].expert_map_LE(0, 4))
+    first = [fitted.on_routed(state, layer, map_LE[layer]) for layer in (0, 1)]
+    again = [fitted.on_routed(state, layer, map_LE[layer]) for layer in (0, 1)]
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_an_earlier_layer_tells_a_later_one() -> None:

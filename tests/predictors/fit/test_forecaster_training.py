@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,6 +42,14 @@ def test_it_trains_on_several_devices() -> None:
     predictor = Forecaster(**{**SMALL, "trainer": settings})
     predictor.fit(traces)
     assert evaluate_recall(predictor, traces).recall > 0.95
+
+
+def test_targets_are_the_experts_that_ran() -> None:
+    """A router steered by biases may run others than those of its highest probabilities."""
+    probs_TLE = np.tile(np.array([0.7, 0.1, 0.1, 0.1], np.float16), (2, 2, 1))
+    steered = make_trace("steered", [2, 3], router_probs_TLE=probs_TLE)
+    examples = examples_of([steered], torch.full((2, 4), 0.25), 1, {})
+    assert examples.distance_NLE[0, 0].tolist() == [30_000, 30_000, 1, 2]
 
 
 def test_a_loss_that_is_not_finite_is_said() -> None:
