@@ -98,7 +98,11 @@ def _forecaster(result: dict[str, Any]) -> str:
     rows = []
     for name, setting in settings.items():
         summary = setting["summary"]
-        cells = [*summary["recall"].values(), *summary["gap_closed"].values()]
+        cells = [
+            summary[name][key]
+            for name in ("recall", "gap_closed")
+            for key in sorted(summary[name], key=int)
+        ]
         rows.append([name, *(_points(cell) for cell in cells)])
     shares = ("25 %", "40 %", "50 %")
     header = ["traces", "recall@K", "recall@2K", *(f"gap closed, {share}" for share in shares)]
