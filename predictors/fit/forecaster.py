@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data.schema import Trace
-from predictors.fit.training import TrainerSettings, make_trainer
+from predictors.fit.training import TrainerSettings, known_warnings_ignored, make_trainer
 from predictors.forecaster_net import ForecasterNet
 from predictors.routing import expert_use_TLE
 from predictors.token_history import histories_of, tokens_read_N3
@@ -208,7 +208,8 @@ def fit_net(
             drop_last=True,
             collate_fn=torch.tensor,
         )
-        runner.fit(module, loader)
+        with known_warnings_ignored():
+            runner.fit(module, loader)
     loss = float(runner.callback_metrics["loss"])
     if not np.isfinite(loss):
         raise ValueError(f"training ended with loss {loss}: lower learning_rate={learning_rate}")

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from data.router_inputs import RoutedTokens, RouterInputs
-from predictors.fit.training import TrainerSettings, make_trainer
+from predictors.fit.training import TrainerSettings, known_warnings_ignored, make_trainer
 from predictors.gate_losses import LOSSES
 from predictors.gate_net import EMBEDDING, GateNet, Units
 
@@ -282,12 +282,8 @@ def fit_gate(
             f"trainer={dict(trainer or {})}: gate_mlp runs the model while it trains, and that is "
             "on one device; take trainer=auto"
         )
-    with warnings.catch_warnings():
-        # The batches come from a running model: there is nothing to load in other processes.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    with known_warnings_ignored():
         warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
-        # Lightning 2.6 asks torch 2.13 for a class that is on its way out.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
         lightning_trainer.fit(module, batches, DataLoader(val, batch_size=None, collate_fn=_as_is))  # type: ignore[arg-type]
     net.load_state_dict(module.best)
     num_kept = _fall_back(net, base_UH, module.best_UH, module.valid_UH.cpu()) if has_base else 0

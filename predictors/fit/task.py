@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from predictors.fit.training import TrainerSettings, make_trainer
+from predictors.fit.training import TrainerSettings, known_warnings_ignored, make_trainer
 from predictors.request_history import last_call
 from predictors.sequence_net import SequenceNet
 
@@ -191,12 +191,8 @@ def train(
     module = SequenceModule(net, learning_rate=learning_rate, weight_decay=weight_decay)
     keep_best = KeepBest()
     trainer = make_trainer(settings, max_epochs=epochs, callbacks=[keep_best])
-    with warnings.catch_warnings():
-        # Requests are few and in memory: worker processes would only cost their start.
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
+    with known_warnings_ignored():
         warnings.filterwarnings("ignore", message=".*have no `val_dataloader`")
-        # Lightning 2.6 asks torch 2.13 in a way that torch is about to drop.
-        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
         trainer.fit(module, loader, validation if len(val_NLE) else None)
     net.cpu().eval()
     return Trained(keep_best.losses, trainer.global_step)

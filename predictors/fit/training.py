@@ -4,7 +4,9 @@ Knows nothing of what is trained. Settings come from ``conf/trainer`` as plain v
 predictor's own configuration (which its artifact keeps) does not depend on where it was trained.
 """
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import lightning
@@ -42,6 +44,17 @@ def make_trainer(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
+
+
+@contextmanager
+def known_warnings_ignored() -> Iterator[None]:
+    """Around `Trainer.fit`: without what it says of every fit here and nobody can change."""
+    with warnings.catch_warnings():
+        # Examples are in memory, or come from a running model: no other process could help.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        # Lightning 2.6 asks torch 2.13 for a class that is on its way out.
+        warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)
+        yield
 
 
 def _is_bf16_fast(accelerator: str) -> bool:
