@@ -42,7 +42,7 @@ class Line(lightning.LightningModule):
 
 
 def test_spawned_processes_stop_the_threads_of_their_process_group(tmp_path: Path) -> None:
-    """A thread left over aborted one fit in ten, after it had finished."""
+    """With threads left over, a process aborted now and then, after the fit had finished."""
     settings = {"accelerator": "cpu", "devices": 2, "strategy": Watched(tmp_path)}
     trainer = make_trainer({**settings, "enable_progress_bar": False}, max_epochs=1)
     with known_warnings_ignored():
