@@ -1,6 +1,6 @@
 """Shows a running model's routing to a predictor, and passes its forecasts on.
 
-Hooks on the model and its routers collect each forward pass's expert maps. A token's `on_token` is
+Hooks on the model and its routers collect each forward pass's expert maps. A pass's `on_tokens` is
 called at the start of the *next* forward pass: only then is its map whole and the id that follows
 it known, and still nothing of the next token has been routed. So forecasts are strictly causal:
 those that `predictors.base.walk` makes from the recorded trace.
@@ -165,13 +165,12 @@ class Observer:
             self._uses.count(self._last, self._maps)
         maps_TLE = torch.stack(maps, dim=1).cpu()
         for row, (ids, where) in enumerate(zip(self._last.ids, self._last.where, strict=True)):
-            followers = [*ids[1:], *(next_tokens.ids[row][:1] or [None])]
-            for token_id, next_token_id, t in zip(ids, followers, where, strict=False):
-                self._forecasts[row] = self._predictor.on_token(
+            if ids:
+                self._forecasts[row] = self._predictor.on_tokens(
                     self._states[row],
-                    maps_TLE[t],
-                    token_id=token_id,
-                    next_token_id=next_token_id,
+                    maps_TLE[where],
+                    token_ids_T=ids,
+                    next_token_ids_T=[*ids[1:], *(next_tokens.ids[row][:1] or [None])],
                 )
 
 

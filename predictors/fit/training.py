@@ -12,9 +12,28 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import DDPStrategy
 
 TrainerSettings = Mapping[str, Any]
 """Keyword arguments of `lightning.Trainer`: accelerator, devices, strategy, precision."""
+
+
+class SpawnedDDP(DDPStrategy):  # type: ignore[misc,unused-ignore]
+    """Lightning's ``ddp_spawn``, whose processes leave without the threads of a process group.
+
+    Lightning 2.6 destroys a group of nccl when Python exits, and one of gloo not at all. Its
+    threads outlive the interpreter, and now and then one of them aborts the process ("terminate
+    called without an active exception"), which fails a fit that had finished.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(start_method="spawn")
+
+    def teardown(self) -> None:
+        """Called in each spawned process, after its last collective, also after an exception."""
+        super().teardown()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def make_trainer(
@@ -27,7 +46,8 @@ def make_trainer(
     """A trainer that writes nothing to disk; what it trained is exported as an artifact.
 
     Args:
-        settings: As above; None lets Lightning choose one device.
+        settings: As above; None lets Lightning choose one device. The strategy "ddp_spawn" is run
+            as `SpawnedDDP`, every other one as Lightning has it.
         max_epochs: At least 1.
         prefer_bf16: Unless the settings name a precision, multiply in bfloat16 where the device is
             faster in it: for networks large enough to be bound by multiplications.
@@ -36,6 +56,8 @@ def make_trainer(
     chosen = {"accelerator": "auto", "devices": 1, **(settings or {})}
     if prefer_bf16 and "precision" not in chosen and _is_bf16_fast(chosen["accelerator"]):
         chosen["precision"] = "bf16-mixed"
+    if chosen.get("strategy") == "ddp_spawn":
+        chosen["strategy"] = SpawnedDDP()
     return lightning.Trainer(
         **chosen,
         max_epochs=max_epochs,

@@ -122,6 +122,32 @@ def test_interleaved_requests_say_what_each_would_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MAKERS)
+def test_tokens_shown_together_say_what_they_say_one_by_one(name: str) -> None:
+    predictor = MAKERS[name]()
+    predictor.fit(random_traces())
+    trace = make_trace("new", [0, 1, 0, 2, 1, 0, 0, 1])
+    ids = trace.topk_expert_ids_TLK[:, 0, 0].tolist()
+    maps_TLE = torch.stack([torch.from_numpy(trace.expert_map_LE(t, 4)) for t in range(8)])
+    together, singly = predictor.new_state(), predictor.new_state()
+    for state in (together, singly):
+        predictor.on_request(state, Request.of(trace))
+    told = predictor.on_tokens(
+        together, maps_TLE[:5], token_ids_T=ids[:5], next_token_ids_T=ids[1:6]
+    )
+    for t in range(5):
+        one = predictor.on_token(singly, maps_TLE[t], token_id=ids[t], next_token_id=ids[t + 1])
+    assert together.num_tokens == singly.num_tokens == 5
+    after = [
+        predictor.on_token(state, maps_TLE[5], token_id=ids[5], next_token_id=ids[6])
+        for state in (together, singly)
+    ]
+    for batched, single in ((told, one), after):
+        assert (batched is None) == (single is None)
+        if batched is not None and single is not None:
+            torch.testing.assert_close(batched, single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", MAKERS)
 def test_a_test_request_changes_nothing_that_is_learned(name: str) -> None:
     """FineMoE's demo stores the very prompt that it evaluates; here no test row may matter."""
     traces = random_traces()

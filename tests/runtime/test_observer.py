@@ -1,5 +1,6 @@
 """A predictor sees a running model's routing in order, causally, and one request at a time."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,28 @@ class Echo(ScriptedPredictor):
         state.num_tokens += 1
         self.tokens.append((state, token_id, next_token_id))
         return Forecast.stationary(expert_map_LE, gamma=self.gamma)
+
+
+class Together(Echo):
+    """Says the same of many tokens without taking them one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths: list[int] = []
+
+    def on_tokens(
+        self,
+        state: State,
+        expert_maps_TLE: Tensor,
+        *,
+        token_ids_T: Sequence[int | None],
+        next_token_ids_T: Sequence[int | None],
+    ) -> Forecast | None:
+        self.lengths.append(len(expert_maps_TLE))
+        state.num_tokens += len(expert_maps_TLE)
+        shown = zip(token_ids_T, next_token_ids_T, strict=True)
+        self.tokens += [(state, token, after) for token, after in shown]
+        return Forecast.stationary(expert_maps_TLE[-1], gamma=self.gamma)
 
 
 @pytest.fixture
@@ -118,6 +141,25 @@ def test_the_running_model_makes_the_forecasts_that_a_replay_of_its_trace_makes(
         torch.testing.assert_close(mine.forecast_LE, theirs.forecast_LE, rtol=0, atol=1e-5)
     ids = output_P.tolist()
     assert [(token, after) for _, token, after in seen] == list(zip(ids[:8], ids[1:9], strict=True))
+
+
+def test_a_prompt_is_shown_in_one_call_and_its_padding_never(model: Any) -> None:
+    told = []
+    for predictor in (Echo(), Together()):
+        forecasts: list[Forecast] = []
+        predictor.load_state(spec_of(model), {})
+        observer = Observer(
+            model=model, layers=moe_layers(model), predictor=predictor, on_forecast=forecasts.append
+        )
+        generate(model, [[3, 1, 4, 1, 5], [2, 7]])
+        observer.remove()
+        told.append((forecasts, predictor.tokens))
+    assert isinstance(predictor, Together)
+    assert predictor.lengths == [5, 2, *[1] * 6]
+    (singly, one_by_one), (together, at_once) = told
+    assert [ids[1:] for ids in one_by_one] == [ids[1:] for ids in at_once]
+    for single, batched in zip(singly, together, strict=True):
+        assert torch.equal(single.forecast_LE, batched.forecast_LE)
 
 
 def test_padding_is_never_shown_and_rows_keep_their_pasts_apart(model: Any, observed: Any) -> None:

@@ -36,7 +36,6 @@ def test_each_request_starts_with_an_empty_past() -> None:
     assert not examples.copies_NRLE[[0, 3, 4, 6]].any()
 
 
-@pytest.mark.slow  # and unreliable: after training, gloo now and then aborts a leaving process
 def test_it_trains_on_several_devices() -> None:
     settings: dict[str, Any] = {**SMALL["trainer"], "devices": 2, "strategy": "ddp_spawn"}
     traces = periodic_traces()
