@@ -94,7 +94,7 @@ class Options:
     seeds: int = 3
     variant: str = "residual"
     inputs: str = ",".join(INPUTS)
-    context_tokens: int = 4
+    context_tokens: int = 64
     loss: str = "rank"
     width: int = 256
     steps: int = 1000

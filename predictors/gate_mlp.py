@@ -2,8 +2,8 @@
 
 It starts where `router_reuse` is and adds what a small network learns of what lies between: the
 experts and the attention of the layers in between. Ours; ProMoE's per-layer predictors are the
-nearest. Training is in `predictors.fit.gate_mlp`, the network in `predictors.gate_net`, what
-it reads in `predictors.gate_reader`.
+nearest. Training is in `predictors.fit.gate_mlp`, the network in `predictors.gate_net` and
+`predictors.gate_context`, what it reads in `predictors.gate_reader`.
 
 Shape letters: U units (`gate_net`) · T tokens · N tokens of several requests · L MoE layers ·
 E experts per layer · K experts per token · H layers ahead.
@@ -23,7 +23,7 @@ from predictors.base import FitReport, Forecast, Moment, Predictor, Request, Sta
 from predictors.calibrate import Calibration, fit_calibration
 from predictors.gate_losses import LOSSES
 from predictors.gate_net import EMBEDDING, GateNet, Units
-from predictors.gate_reader import INPUTS, GateReader, GateState
+from predictors.gate_reader import INPUTS, GateReader, GateState, TokenRow
 from predictors.router_reuse import BoundModel, needed
 
 Variant = Literal["residual", "independent"]
@@ -33,10 +33,10 @@ class GateMLP(Predictor):
     """A network per layer that corrects `router_reuse`, and one that knows the token's embedding.
 
     Layer l's unit reads, all known when layer l has routed: its router input and that of the layer
-    before; its probabilities; the embeddings of this token and of those before it; what the
-    previous token used in the target layers; and how far router reuse was off there for it. Before
-    layer 0, all layers are forecast from the embeddings and the previous token's map, so layer 0 is
-    served, and recorded traces suffice for that moment.
+    before; its probabilities; what a small attention makes of the embeddings of this token and of
+    those before it; what the previous token used in the target layers; and how far router reuse was
+    off there for it. Before layer 0, all layers are forecast from scratch, by the embeddings and
+    the previous token's map, so layer 0 is served, and recorded traces suffice for that moment.
 
     In a prompt's forward pass all tokens go through a layer together: what depends on the previous
     token's later layers is unknown there, and left at zero.
@@ -71,7 +71,7 @@ class GateMLP(Predictor):
         lookahead: int = 4,
         width: int = 256,
         inputs: Sequence[str] = INPUTS,
-        context_tokens: int = 4,
+        context_tokens: int = 64,
         loss: str = "rank",
         steps: int = 1000,
         max_seconds: float | None = None,
@@ -243,8 +243,8 @@ class GateMLP(Predictor):
         if read is None:
             return None
         values, base_UTHE = read
-        units = self._units()
-        scores_UTHE = net(values, self._used_base(base_UTHE), units.slice_of(layer))
+        units, context_TD = self._units(), self._context(state, len(router_input_TD))
+        scores_UTHE = net(context_TD, values, self._used_base(base_UTHE), units.slice_of(layer))
         return self._ahead(units, layer, scores_UTHE.softmax(-1))
 
     @torch.no_grad()
@@ -252,8 +252,8 @@ class GateMLP(Predictor):
         """All tokens and layers at once."""
         spec, net, units = self.fitted_spec(), self._network(), self._units()
         device = tokens.starts_N.device
-        values, base_UNHE = self.read(tokens)
-        said_UNHE = net(values, base_UNHE).softmax(-1).to(device)
+        row, values, base_UNHE = self.read(tokens)
+        said_UNHE = net(net.context(*row), values, base_UNHE).softmax(-1).to(device)
         num_tokens = len(tokens.starts_N)
         nothing_NHE = said_UNHE.new_full((num_tokens, self.lookahead, spec.num_experts), torch.nan)
         ahead = [
@@ -266,10 +266,10 @@ class GateMLP(Predictor):
 
     def read(
         self, tokens: RoutedTokens, forgotten_N: Tensor | None = None
-    ) -> tuple[dict[str, Tensor], Tensor]:
+    ) -> tuple[TokenRow, dict[str, Tensor], Tensor]:
         """`GateReader.read`; the base [U, N, H, E] is 0 where the variant has none."""
-        values, base_UNHE = self._reading().read(tokens, forgotten_N)
-        return values, self._used_base(base_UNHE)
+        row, values, base_UNHE = self._reading().read(tokens, forgotten_N)
+        return row, values, self._used_base(base_UNHE)
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, without where it is trained."""
@@ -301,7 +301,7 @@ class GateMLP(Predictor):
         sizes = {
             name.removeprefix("read."): int(weight.shape[1])
             for name, weight in weights.items()
-            if name.startswith("read.")
+            if name.startswith("read.") and name != "read.context"
         }
         self._net = self._net_of(sizes)
         self._net.load_state_dict(weights)
@@ -340,17 +340,27 @@ class GateMLP(Predictor):
         return self._reader
 
     def _net_of(self, input_sizes: Mapping[str, int]) -> GateNet:
-        units = self._units()
+        units, hidden_size = self._units(), self.fitted_spec().hidden_size
+        assert hidden_size is not None, "a model that can be bound has router inputs of some size"
         return GateNet(
             num_units=len(units.sources),
             num_targets=units.most_targets,
             num_experts=self.fitted_spec().num_experts,
+            hidden_size=hidden_size,
             input_sizes=input_sizes,
             width=self.width,
+            window=self.context_tokens,
         )
 
     def _used_base(self, base_UNHE: Tensor) -> Tensor:
         return base_UNHE if self.variant == "residual" else torch.zeros_like(base_UNHE)
+
+    def _context(self, state: GateState, num_tokens: int) -> Tensor:
+        """Of the tokens that come next; computed once a forward pass."""
+        if state.context_TD is None or len(state.context_TD) != num_tokens:
+            row = self._reading().around(state, num_tokens)
+            state.context_TD = self._network().context(*row)[-num_tokens:]
+        return state.context_TD
 
     @torch.no_grad()
     def _before(self, state: GateState) -> Forecast | None:
@@ -359,7 +369,8 @@ class GateMLP(Predictor):
             return state.forecast
         net, units = self._network(), self._units()
         values, base_U1HE = self._reading().read_token(state)
-        said_U1HE = net(values, self._used_base(base_U1HE), units.slice_of(EMBEDDING)).softmax(-1)
+        part, context_1D = units.slice_of(EMBEDDING), self._context(state, 1)
+        said_U1HE = net(context_1D, values, base_U1HE, part).softmax(-1)
         next_LE = self._all_layers(units, said_U1HE)[0]
         next_LE = self._calibration((self.fitted_spec().top_k * next_LE).cpu())
         later_LE = self._popularity_LE * (self.gamma / (1.0 - self.gamma))

@@ -1,4 +1,4 @@
-"""The network behind `gate_mlp`, and what it reads: plain torch, no training, no per-request state.
+"""The network behind `gate_mlp`: plain torch, no training, no per-request state.
 
 A **unit** is a source and the layers that it forecasts. The source of layer l's unit is what layer
 l's router received; source -1 is the token's own embedding, known before layer 0. All units have
@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from predictors.gate_context import TokenContext
 
 EMBEDDING = -1
 """The source that stands before layer 0."""
@@ -71,15 +73,18 @@ class Units(NamedTuple):
 class GateNet(nn.Module):
     """One hidden layer and one residual layer per unit, and a linear head per target.
 
-    Heads start at zero: what the network adds to a base ranking is nothing until it is trained.
+    All units read one `TokenContext`, and have a linear way from it to the scores besides: without
+    that, layer 0 is foreseen two points worse. Heads start at zero: what the network adds to a base
+    ranking is nothing until it is trained.
 
     Args:
         num_units: U.
         num_targets: H.
         num_experts: E.
-        input_sizes: F of each input by name; names that begin with "shared_" are one array for all
-            units, [N, F], the others one for each, [U, N, F].
+        hidden_size: D of the token embeddings.
+        input_sizes: F of each other input by name.
         width: W.
+        window: Tokens that the context reads.
     """
 
     def __init__(
@@ -88,44 +93,57 @@ class GateNet(nn.Module):
         num_units: int,
         num_targets: int,
         num_experts: int,
+        hidden_size: int,
         input_sizes: Mapping[str, int],
         width: int,
+        window: int,
     ) -> None:
         super().__init__()
         self.num_targets, self.num_experts = num_targets, num_experts
-        fan_in = sum(input_sizes.values())
+        self.context = TokenContext(size=hidden_size, window=window)
+        sizes = {"context": hidden_size, **input_sizes}
+        fan_in = sum(sizes.values())
         self.read = nn.ParameterDict(
             {
                 name: nn.Parameter(torch.randn(num_units, size, width) / fan_in**0.5)
-                for name, size in input_sizes.items()
+                for name, size in sizes.items()
             }
         )
         self.read_bias = nn.Parameter(torch.zeros(num_units, 1, width))
         self.hidden = nn.Parameter(torch.randn(num_units, width, width) / width**0.5)
         self.hidden_bias = nn.Parameter(torch.zeros(num_units, 1, width))
         self.head = nn.Parameter(torch.zeros(num_units, width, num_targets * num_experts))
+        self.direct = nn.Parameter(torch.zeros(num_units, hidden_size, num_targets * num_experts))
         self.head_bias = nn.Parameter(torch.zeros(num_units, 1, num_targets * num_experts))
         self.base_scale = nn.Parameter(torch.ones(num_units, 1, num_targets, 1))
 
     def forward(
-        self, inputs: Mapping[str, Tensor], base_UNHE: Tensor, units: slice = slice(None)
+        self,
+        context_ND: Tensor,
+        inputs: Mapping[str, Tensor],
+        base_UNHE: Tensor,
+        units: slice = slice(None),
     ) -> Tensor:
         """Scores, float32 [U, N, H, E].
 
         Args:
-            inputs: By name, float32.
+            context_ND: What `context` made of the tokens.
+            inputs: The others by name, float32 [U, N, F]; one row for all units may stand for U.
             base_UNHE: The ranking that is corrected, float32; zeros to rank from scratch.
             units: Compute only these; inputs and base then hold only these, too.
         """
         hidden_UNW = self.read_bias[units]
+        num_units = len(hidden_UNW)
+        context_UND = context_ND.expand(num_units, *context_ND.shape)
         for name, weight in self.read.items():
-            value = inputs[name]
-            value = value.expand(len(self.read_bias[units]), *value.shape[-2:])
+            value = context_UND if name == "context" else inputs[name]
+            value = value.expand(num_units, *value.shape[-2:])
             hidden_UNW = hidden_UNW + torch.bmm(value, weight[units])
         hidden_UNW = F.gelu(hidden_UNW)
         more_UNW = torch.bmm(hidden_UNW, self.hidden[units]) + self.hidden_bias[units]
         hidden_UNW = hidden_UNW + F.gelu(more_UNW)
         out = torch.bmm(hidden_UNW, self.head[units]) + self.head_bias[units]
+        out = out + torch.bmm(context_UND, self.direct[units])
         shape = (*out.shape[:2], self.num_targets, self.num_experts)
         return self.base_scale[units] * base_UNHE + out.float().view(shape)
 
@@ -140,25 +158,11 @@ def sparse_map(expert_map: Tensor, top_k: int) -> Tensor:
     return torch.zeros_like(expert_map).scatter_(-1, ids, shares).sqrt()
 
 
-def unit_length(vector: Tensor) -> Tensor:
-    """Vectors [..., D] at root mean square 1, float32; zeros stay zeros."""
-    vector = vector.float()
-    return vector * torch.rsqrt(vector.square().mean(-1, keepdim=True) + 1e-6)
-
-
 def previous(values: Tensor, starts_N: Tensor, *, dim: int) -> Tensor:
     """Each token's predecessor's values along ``dim``; zeros for a request's first token."""
     shape = [1] * values.dim()
     shape[dim] = len(starts_N)
     return values.roll(1, dim).masked_fill(starts_N.view(shape), 0.0)
-
-
-def windows(embedded_ND: Tensor, starts_N: Tensor, num_tokens: int) -> Tensor:
-    """Each token's embedding and those before it in its request, newest first: [N, W*D]."""
-    parts = [embedded_ND]
-    for _ in range(num_tokens - 1):
-        parts.append(previous(parts[-1], starts_N, dim=0))
-    return torch.cat(parts, dim=-1)
 
 
 def gathered(values_LNX: Tensor, layers: Sequence[int]) -> Tensor:

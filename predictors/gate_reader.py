@@ -3,14 +3,14 @@
 Both ways read the same of the same tokens; a test compares. Knows nothing of what is made of it.
 
 Shape letters: U units (`gate_net`) · T tokens · N tokens of several requests · L MoE layers ·
-E experts per layer · D hidden · H targets of a unit · W tokens of a window · X what is left flat.
+E experts per layer · D hidden · H targets of a unit · X what is left flat.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,18 +19,11 @@ from data.router_inputs import RoutedTokens
 from data.routers import Routers, input_embedding
 from data.schema import MoESpec
 from predictors.base import State
-from predictors.gate_net import (
-    EMBEDDING,
-    Units,
-    gathered,
-    previous,
-    sparse_map,
-    unit_length,
-    windows,
-)
+from predictors.gate_context import unit_length
+from predictors.gate_net import EMBEDDING, Units, gathered, previous, sparse_map
 
 INPUTS: Final = ("source", "earlier", "probs", "previous_map", "previous_error")
-"""Besides "shared_tokens", which are always read: the source's router input, that of the layer
+"""Besides token embeddings, which are always read: the source's router input, that of the layer
 before it, its probabilities, what the previous token used in the target layers, and how far router
 reuse was off there."""
 
@@ -39,6 +32,18 @@ Values = dict[str, Tensor]
 
 _LEAST = 1e-30  # of a probability, before its logarithm
 _MOST_ERROR = 5.0  # logits; beyond, an expert is merely far off
+
+
+class TokenRow(NamedTuple):
+    """What `gate_context.TokenContext` reads, and in that order.
+
+    Attributes:
+        embedded_ND: float32, at root mean square 1; zeros for a token whose id is not known.
+        starts_N: bool, tokens that see none of those before them.
+    """
+
+    embedded_ND: Tensor
+    starts_N: Tensor
 
 
 @dataclass(slots=True)
@@ -53,6 +58,8 @@ class GateState(State):
             [U, H, E] of its last token.
         passed: The same of the pass before.
         earlier_TD: The router input (unit length) of the layer before, all tokens of the pass.
+        context_TD: What the network's context makes of the tokens that come next; None before it
+            is asked.
     """
 
     recent_ids: list[int | None] = field(default_factory=list)
@@ -61,6 +68,7 @@ class GateState(State):
     passing: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     passed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     earlier_TD: Tensor | None = None
+    context_TD: Tensor | None = None
 
 
 class GateReader:
@@ -72,7 +80,7 @@ class GateReader:
         spec: Its MoE.
         units: What is forecast from where.
         inputs: Names of `INPUTS`.
-        context_tokens: W, embeddings read: the token's own and those before it.
+        context_tokens: Embeddings read: the token's own and those before it.
 
     Raises:
         ValueError: The model's embedding cannot be read, or is not as wide as its router inputs.
@@ -101,8 +109,7 @@ class GateReader:
         sizes = dict(
             zip(INPUTS, (hidden_size, hidden_size, spec.num_experts, most, most), strict=True)
         )
-        self.input_sizes: dict[str, int] = {"shared_tokens": context_tokens * hidden_size}
-        self.input_sizes |= {name: sizes[name] for name in inputs}
+        self.input_sizes: dict[str, int] = {name: sizes[name] for name in inputs}
 
     @property
     def device(self) -> torch.device:
@@ -113,8 +120,11 @@ class GateReader:
     @torch.no_grad()
     def read(
         self, tokens: RoutedTokens, forgotten_N: Tensor | None = None
-    ) -> tuple[Values, Tensor]:
-        """Of decoded tokens, for all units: inputs by name, and router reuse [U, N, H, E].
+    ) -> tuple[TokenRow, Values, Tensor]:
+        """Of decoded tokens, for all units: embeddings, inputs by name, router reuse [U, N, H, E].
+
+        Before layer 0 there is no router input to reuse: its base is 0. The routers' scores of the
+        embedding itself rank so badly that they cost a point where they are corrected.
 
         Args:
             tokens: Whole requests.
@@ -131,12 +141,9 @@ class GateReader:
         units, starts_N, probs_LNE = self._units, tokens.starts_N, tokens.router_probs_LNE
         target_UH = units.target_UH().to(starts_N.device)
         inputs_LND = unit_length(raw_LND)
-        embedded_ND = self._embedded(tokens.token_ids_N)
-        base_UNHE = self._base(
-            lambda source: embedded_ND if source == EMBEDDING else raw_LND[source].float()
-        )
+        layers = set(units.sources) - {EMBEDDING}
+        base_UNHE = self._base({layer: raw_LND[layer] for layer in layers}, len(starts_N))
         values = {
-            "shared_tokens": windows(embedded_ND, starts_N, self._context_tokens)[None],
             "source": gathered(inputs_LND, units.sources),
             "earlier": gathered(inputs_LND, [max(s - 1, EMBEDDING) for s in units.sources]),
             "probs": gathered(probs_LNE.sqrt(), units.sources),
@@ -156,17 +163,19 @@ class GateReader:
                     values[name] = values[name].masked_fill(
                         forgotten_N.to(starts_N.device)[:, None], 0.0
                     )
-        return {name: values[name] for name in self.input_sizes}, base_UNHE
+        row = TokenRow(self._embedded(tokens.token_ids_N), starts_N)
+        return row, {name: values[name] for name in self.input_sizes}, base_UNHE
 
     def begin(self, state: GateState, token_ids: list[int]) -> None:
         """A request's prompt is known."""
-        state.coming_ids = deque(token_ids)
+        state.coming_ids, state.context_TD = deque(token_ids), None
 
     def pass_token(
         self, state: GateState, map_LE: Tensor, token_id: int | None, next_token_id: int | None
     ) -> None:
         """A token has passed all layers."""
         state.num_tokens += 1
+        state.context_TD = None
         state.recent_ids = [*state.recent_ids, token_id][-self._context_tokens :]
         if state.coming_ids:
             state.coming_ids.popleft()
@@ -180,10 +189,8 @@ class GateReader:
         part = self._units.slice_of(EMBEDDING)
         nothing_11X = torch.zeros(1, 1, 1, device=self.device)
         values = {name: nothing_11X.expand(1, 1, size) for name, size in self.input_sizes.items()}
-        values["shared_tokens"] = self._window(state, 1)
         values["previous_map"] = self._previous_map(state, part)[:, None]
-        embedded_1D = self._embedded(torch.tensor([state.coming_ids[0]], device=self.device))
-        return values, self._base(lambda _: embedded_1D, part)
+        return values, self._base({}, 1, part)
 
     @torch.no_grad()
     def read_layer(
@@ -199,9 +206,8 @@ class GateReader:
         part, num_tokens = self._units.slice_of(layer), len(router_input_TD)
         input_TD = unit_length(router_input_TD)
         earlier_TD = torch.zeros_like(input_TD) if state.earlier_TD is None else state.earlier_TD
-        base_UTHE = self._base(lambda _: router_input_TD, part)
+        base_UTHE = self._base({layer: router_input_TD}, num_tokens, part)
         values = {
-            "shared_tokens": self._window(state, num_tokens),
             "source": input_TD[None],
             "earlier": earlier_TD[None],
             "probs": router_probs_TE.sqrt()[None],
@@ -215,34 +221,43 @@ class GateReader:
     def _embedded(self, token_ids_N: Tensor) -> Tensor:
         return unit_length(self._embedding.weight.detach()[token_ids_N])
 
-    def _base(self, input_of: Callable[[int], Tensor], part: slice = slice(None)) -> Tensor:
+    def _base(
+        self, inputs_TD: Mapping[int, Tensor], num_tokens: int, part: slice = slice(None)
+    ) -> Tensor:
         """float32 [U, T, H, E]: router reuse for the targets of some units, 0 where there is none.
 
         Args:
-            input_of: The router input [T, D] of a source.
+            inputs_TD: The router input of each layer that is a source.
+            num_tokens: T.
             part: Which units.
         """
         sources, targets = self._units.sources[part], self._units.targets[part]
-        rows = {source: input_of(source) for source in sorted(set(sources))}
-        num_tokens = len(rows[sources[0]])
         shape = (len(sources), num_tokens, self._units.most_targets, self._spec.num_experts)
         base_UTHE = torch.zeros(shape, device=self.device)
         for layer in sorted({layer for layers in targets for layer in layers}):
             # One call for all sources: launching its operations is what a router costs on a GPU.
-            at = [u for u, layers in enumerate(targets) if layer in layers]
-            scores = self._routers.scores_TE(layer, torch.cat([rows[sources[u]] for u in at]))
+            at = [
+                u for u, layers in enumerate(targets) if layer in layers and sources[u] in inputs_TD
+            ]
+            if not at:
+                continue
+            rows = torch.cat([inputs_TD[sources[u]] for u in at])
+            scores = self._routers.scores_TE(layer, rows)
             for u, scores_TE in zip(at, torch.split(scores, num_tokens), strict=True):
                 base_UTHE[u, :, targets[u].index(layer)] = scores_TE
         return base_UTHE
 
-    def _window(self, state: GateState, num_tokens: int) -> Tensor:
-        """float32 [1, T, W*D]: the embeddings around each token of a forward pass; 0 if unknown."""
+    def around(self, state: GateState, num_tokens: int) -> TokenRow:
+        """The tokens of the coming forward pass, T of them, after those that they may see.
+
+        No token sees beyond one whose id is not known.
+        """
         known = [*state.recent_ids, *islice(state.coming_ids, num_tokens)]
         known += [None] * (len(state.recent_ids) + num_tokens - len(known))
         ids = torch.tensor([-1 if i is None else i for i in known], device=self.device)
-        embedded = self._embedded(ids.clamp_min(0)).masked_fill(ids[:, None] < 0, 0.0)
-        starts = torch.arange(len(ids), device=ids.device) == 0
-        return windows(embedded, starts, self._context_tokens)[None, -num_tokens:]
+        is_unknown = ids < 0
+        embedded_ND = self._embedded(ids.clamp_min(0)).masked_fill(is_unknown[:, None], 0.0)
+        return TokenRow(embedded_ND, is_unknown | is_unknown.roll(1))
 
     def _previous_map(self, state: GateState, part: slice) -> Tensor:
         """float32 [U, H*E]; 0 before there is one."""

@@ -23,10 +23,11 @@ from data.router_inputs import RoutedTokens, RouterInputs
 from predictors.fit.training import TrainerSettings, known_warnings_ignored, make_trainer
 from predictors.gate_losses import LOSSES
 from predictors.gate_net import EMBEDDING, GateNet, Units
+from predictors.gate_reader import TokenRow
 
 logger = logging.getLogger(__name__)
 
-Read = Callable[[RoutedTokens, Tensor | None], tuple[dict[str, Tensor], Tensor]]
+Read = Callable[[RoutedTokens, Tensor | None], tuple[TokenRow, dict[str, Tensor], Tensor]]
 
 _CHECKS = 10  # looks at the validation requests
 _WARM_UP = 0.03  # share of the training
@@ -38,13 +39,15 @@ class GateBatch(NamedTuple):
     """What one step needs.
 
     Attributes:
-        inputs: What the network reads.
+        row: The tokens' embeddings.
+        inputs: What else the network reads.
         base_UNHE: What it corrects.
         used_UNHE: bool, what was used.
         shares_UNHE: The router's probabilities.
         progress: Of the training, in [0, 1).
     """
 
+    row: TokenRow
     inputs: dict[str, Tensor]
     base_UNHE: Tensor
     used_UNHE: Tensor
@@ -103,7 +106,7 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
         rate = self.learning_rate * warm * 0.5 * (1.0 + math.cos(math.pi * batch.progress))
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = rate
-        scores_UNHE = self.net(batch.inputs, batch.base_UNHE)
+        scores_UNHE = scores_of(self.net, batch)
         loss_UNH = self.loss(scores_UNHE, batch.used_UNHE, batch.shares_UNHE)
         return (loss_UNH.mean(1) * self.valid_UH).sum() / self.valid_UH.sum()
 
@@ -119,11 +122,12 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
 
     def validation_step(self, batch: GateBatch, index: int) -> None:
         """Count the hits of the averaged weights."""
-        scores_UNHE = self.averaged(batch.inputs, batch.base_UNHE)
+        averaged: Any = self.averaged.module  # a copy of the network
+        scores_UNHE = scores_of(averaged, batch)
         self._hits.append((hits_UH(scores_UNHE, batch.used_UNHE), len(batch.used_UNHE[0])))
 
     def on_validation_epoch_end(self) -> None:
-        """Keep each unit's weights where they were best so far."""
+        """Keep the weights where they were best so far."""
         hits, counts = zip(*self._hits, strict=True)
         self._hits.clear()
         if self.trainer.sanity_checking:
@@ -131,19 +135,23 @@ class GateModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
         self.keep((torch.stack(hits).sum(0) / sum(counts)).cpu(), self.averaged.module)
 
     def keep(self, recall_UH: Tensor, net: nn.Module) -> None:
-        """Take over the units of ``net`` that are better than what is kept."""
+        """Take over ``net`` if it is better than what is kept: its units share what they read."""
         valid_UH = self.valid_UH.cpu()
-        now_U, best_U = ((r * valid_UH).sum(1) / valid_UH.sum(1) for r in (recall_UH, self.best_UH))
-        better_U = now_U > best_U
-        self.best_UH[better_U] = recall_UH[better_U]
-        for name, weight in net.state_dict().items():
-            kept = self.best.setdefault(name, weight.detach().clone())
-            kept[better_U] = weight.detach()[better_U]
-        self.history.append(float(now_U.mean()))
+        now, best = (float(recall[valid_UH].mean()) for recall in (recall_UH, self.best_UH))
+        if now > best:
+            self.best_UH = recall_UH
+            self.best = {name: weight.clone() for name, weight in net.state_dict().items()}
+        self.history.append(now)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW; the schedule is `training_step`'s, which knows the clock."""
         return torch.optim.AdamW(self.net.parameters(), lr=self.learning_rate, weight_decay=0.01)
+
+
+def scores_of(net: GateNet, batch: GateBatch) -> Tensor:
+    """What a network says of a batch, float32 [U, N, H, E]."""
+    scores_UNHE: Tensor = net(net.context(*batch.row), batch.inputs, batch.base_UNHE)
+    return scores_UNHE
 
 
 def hits_UH(scores_UNHE: Tensor, used_UNHE: Tensor) -> Tensor:
@@ -226,8 +234,8 @@ def fit_gate(
 ) -> FittedGate:
     """Train ``net`` in place; it ends nowhere below its base on the validation requests.
 
-    The weights' moving average is looked at ten times, and each unit keeps its best. A target that
-    is still below its base then gets it back: its head is set to zero.
+    The weights' moving average is looked at ten times, and the best is kept. A target that is then
+    below its base gets it back: its head is set to zero.
 
     Args:
         net: Untrained.
@@ -258,13 +266,14 @@ def fit_gate(
 
     def prepare(tokens: RoutedTokens, forgotten_N: Tensor | None, progress: float) -> GateBatch:
         _refuse_bad(tokens)
-        values, base_UNHE = read(tokens, forgotten_N)
+        row, values, base_UNHE = read(tokens, forgotten_N)
         targets = target_UH.to(base_UNHE.device)
         probs_LNE = tokens.router_probs_LNE.to(base_UNHE.device)
         used_LNE = torch.zeros_like(probs_LNE, dtype=torch.bool).scatter_(
             -1, tokens.topk_expert_ids_LNK.to(base_UNHE.device), True
         )
         return GateBatch(
+            row,
             values,
             base_UNHE,
             used_LNE[targets].transpose(1, 2),
@@ -286,13 +295,16 @@ def fit_gate(
         warnings.filterwarnings("ignore", message=".*Trying to infer the `batch_size`.*")
         lightning_trainer.fit(module, batches, DataLoader(val, batch_size=None, collate_fn=_as_is))  # type: ignore[arg-type]
     net.load_state_dict(module.best)
-    num_kept = _fall_back(net, base_UH, module.best_UH, module.valid_UH.cpu()) if has_base else 0
+    val_UH, num_kept = module.best_UH, 0
+    if has_base:
+        num_kept = _fall_back(net, base_UH, val_UH, module.valid_UH.cpu())
+        val_UH = val_UH.maximum(base_UH)
     assert batches.use_LE is not None
     from_router = torch.tensor(used_by_router)[:, None] & module.valid_UH.cpu()
     logger.info(
         "gate_mlp: recall on val %.3f -> %.3f in %d steps",
         float(base_UH[from_router].mean()),
-        float(module.best_UH[from_router].mean()),
+        float(val_UH[from_router].mean()),
         batches.step,
     )
     return FittedGate(
@@ -302,7 +314,7 @@ def fit_gate(
         {
             "steps": batches.step,
             "val_recall_base": float(base_UH[from_router].mean()),
-            "val_recall": float(module.best_UH[from_router].mean()),
+            "val_recall": float(val_UH[from_router].mean()),
             "val_recall_history": module.history,
             "targets_left_at_base": num_kept,
         },
@@ -327,7 +339,7 @@ def _first_tokens(inputs: RouterInputs) -> Iterator[RoutedTokens]:
 @torch.no_grad()
 def _recall_UH(net: GateNet, batches: list[GateBatch]) -> Tensor:
     device = next(net.parameters()).device
-    hits = [hits_UH(net(b.inputs, b.base_UNHE), b.used_UNHE).to(device) for b in batches]
+    hits = [hits_UH(scores_of(net, b), b.used_UNHE).to(device) for b in batches]
     return (torch.stack(hits).sum(0) / sum(b.used_UNHE.shape[1] for b in batches)).cpu()
 
 
@@ -337,7 +349,7 @@ def _fall_back(net: GateNet, base_UH: Tensor, best_UH: Tensor, valid_UH: Tensor)
     worse_UH = (best_UH < base_UH) & valid_UH
     device = net.head.device
     worse_U1H1 = worse_UH.to(device)[:, None, :, None]
-    for weight in (net.head, net.head_bias):
+    for weight in (net.head, net.direct, net.head_bias):
         weight.view(*weight.shape[:2], net.num_targets, net.num_experts).masked_fill_(
             worse_U1H1, 0.0
         )

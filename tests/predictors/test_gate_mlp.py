@@ -185,7 +185,7 @@ def test_it_comes_back_from_disk(variant: str, tmp_path: Path) -> None:
 
 def test_inputs_can_be_left_out() -> None:
     predictor = fitted(inputs=("source",), steps=20)
-    assert set(predictor._network().read) == {"shared_tokens", "source"}
+    assert set(predictor._network().read) == {"context", "source"}
     fast = predictor.walk_layers(layer_fakes.tokens())
     slow = Predictor.walk_layers(predictor, layer_fakes.tokens())
     torch.testing.assert_close(fast.ahead_LNHE, slow.ahead_LNHE, equal_nan=True)

@@ -1,18 +1,9 @@
-"""The pieces that read the past, against loops over requests."""
+"""The network's units, and the pieces that read the past, against loops over requests."""
 
 import pytest
 import torch
 
-from predictors.gate_net import (
-    EMBEDDING,
-    GateNet,
-    Units,
-    gathered,
-    previous,
-    sparse_map,
-    unit_length,
-    windows,
-)
+from predictors.gate_net import EMBEDDING, GateNet, Units, gathered, previous, sparse_map
 
 STARTS_N = torch.tensor([True, False, False, False, True, True, False])
 REQUESTS = [range(4), range(4, 5), range(5, 7)]
@@ -27,26 +18,12 @@ def test_the_predecessor_is_of_the_same_request() -> None:
             assert torch.equal(found[:, n], VALUES_LNX[:, n - 1])
 
 
-def test_windows_hold_the_token_and_those_before_it() -> None:
-    found = windows(VALUES_LNX[0], STARTS_N, 3).view(7, 3, 3)
-    for rows in REQUESTS:
-        for n in rows:
-            for back in range(3):
-                expected = VALUES_LNX[0, n - back] if n - back >= rows[0] else torch.zeros(3)
-                assert torch.equal(found[n, back], expected)
-
-
 def test_a_whole_map_and_its_recorded_part_read_the_same() -> None:
     """A trace may have kept only the K used experts' shares."""
     map_TE = torch.rand(5, 8).softmax(-1)
     probs_TK, ids_TK = map_TE.topk(3)
     kept_TE = torch.zeros_like(map_TE).scatter(-1, ids_TK, probs_TK / probs_TK.sum(-1, True))
     torch.testing.assert_close(sparse_map(map_TE, 3), sparse_map(kept_TE, 3))
-
-
-def test_zeros_have_no_direction() -> None:
-    assert not unit_length(torch.zeros(2, 4, dtype=torch.bfloat16)).any()
-    torch.testing.assert_close(unit_length(3 * torch.ones(4)), torch.ones(4))
 
 
 def test_the_embedding_is_no_layer() -> None:
@@ -78,12 +55,19 @@ def test_units_forecast_every_layer_from_the_embedding_and_the_next_from_each(
 
 def test_some_units_alone_say_what_they_say_among_all() -> None:
     net = GateNet(
-        num_units=3, num_targets=2, num_experts=4, input_sizes={"shared_x": 5, "y": 6}, width=7
+        num_units=3,
+        num_targets=2,
+        num_experts=4,
+        hidden_size=5,
+        input_sizes={"y": 6},
+        width=7,
+        window=2,
     )
     torch.nn.init.normal_(net.head)
-    x_1NF, y_UNF = torch.randn(1, 8, 5), torch.randn(3, 8, 6)
+    torch.nn.init.normal_(net.direct)
+    context_ND, y_UNF = torch.randn(8, 5), torch.randn(3, 8, 6)
     base_UNHE = torch.randn(3, 8, 2, 4)
-    whole = net({"shared_x": x_1NF, "y": y_UNF}, base_UNHE)
-    part = net({"shared_x": x_1NF, "y": y_UNF[1:2]}, base_UNHE[1:2], slice(1, 2))
+    whole = net(context_ND, {"y": y_UNF}, base_UNHE)
+    part = net(context_ND, {"y": y_UNF[1:2]}, base_UNHE[1:2], slice(1, 2))
     torch.testing.assert_close(whole[1:2], part)
     assert not torch.allclose(whole, base_UNHE)
