@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from data.router_inputs import RoutedTokens
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.embedders.base import Embedder
+from predictors.graph import GraphPredictor
 from predictors.request_history import RequestHistory
 
 Moment = Literal["request", "token", "layer", "routed"]
@@ -330,6 +331,14 @@ class Predictor(ABC):
             ]
         )
         return WalkedLayers(before_NLE, ahead_LNHE)
+
+    def graph_module(self, *, batch_size: int) -> GraphPredictor | None:
+        """The same forecasts as a program for a CUDA graph; None where there is none.
+
+        Args:
+            batch_size: B, the requests that are served at once; each has a past of its own.
+        """
+        return None
 
     @abstractmethod
     def config(self) -> dict[str, Any]:

@@ -45,7 +45,6 @@ class Calibration:
         if said_N[0] != 0 or said_N[-1] != 1 or true_N[0] < 0 or true_N[-1] > 1:
             raise ValueError("calibration knots must map [0, 1] into itself")
         self.said_N, self.true_N = said_N, true_N
-        self._slope_N = true_N.diff() / said_N.diff()
 
     @classmethod
     def identity(cls) -> "Calibration":
@@ -54,10 +53,7 @@ class Calibration:
 
     def __call__(self, next_LE: Tensor) -> Tensor:
         """Calibrated probabilities, any shape; values outside [0, 1] are clamped first."""
-        next_LE = next_LE.clamp(0.0, 1.0)
-        # right=True: a value on a knot belongs to the piece that starts there.
-        piece_LE = torch.bucketize(next_LE, self.said_N[1:-1], right=True)
-        return self.true_N[piece_LE] + self._slope_N[piece_LE] * (next_LE - self.said_N[piece_LE])
+        return interpolate(next_LE, self.said_N, self.true_N)
 
     def tensors(self) -> dict[str, Tensor]:
         """The knots, named for an artifact."""
@@ -67,6 +63,15 @@ class Calibration:
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "Calibration":
         """Inverse of `tensors`."""
         return cls(tensors["calibration_said_N"], tensors["calibration_true_N"])
+
+
+def interpolate(next_LE: Tensor, said_N: Tensor, true_N: Tensor) -> Tensor:
+    """The piecewise linear map through these knots, as a program that a CUDA graph can hold."""
+    next_LE = next_LE.clamp(0.0, 1.0)
+    # right=True: a value on a knot belongs to the piece that starts there.
+    piece_LE = torch.bucketize(next_LE, said_N[1:-1], right=True)
+    slope_N = true_N.diff() / said_N.diff()
+    return true_N[piece_LE] + slope_N[piece_LE] * (next_LE - said_N[piece_LE])
 
 
 def fit_calibration(predictor: Predictor, traces: TraceSet) -> tuple[Calibration, dict[str, Any]]:

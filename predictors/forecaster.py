@@ -7,6 +7,7 @@ Shape letters: L MoE layers · E experts per layer · K experts per token · G d
 T tokens · R rows of a history.
 """
 
+import copy
 import logging
 import time
 from collections import Counter
@@ -21,6 +22,7 @@ from torch import Tensor
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, Walked
 from predictors.calibrate import Calibration, fit_calibration
+from predictors.forecaster_graph import ForecasterGraph
 from predictors.forecaster_net import Before, ForecasterNet
 from predictors.routing import mean_use_LE, traces_of
 from predictors.token_history import NUM_TOKENS_READ, History, histories_of, tokens_read_N3
@@ -248,6 +250,18 @@ class Forecaster(Predictor):
             ]
             later.append(self._discounted(torch.stack(each).mean(0)))
         return Walked(forecasts, torch.cat(later))
+
+    def graph_module(self, *, batch_size: int) -> ForecasterGraph:
+        """The same forecasts inside a CUDA graph."""
+        return ForecasterGraph(
+            nets=copy.deepcopy(self.nets),
+            popularity_LE=self._popularity_LE,
+            token_ids_V=torch.tensor(list(self._token_rows), dtype=torch.int64),
+            discounts=self.discounts,
+            calibration=self._calibration,
+            top_k=self.fitted_spec().top_k,
+            batch_size=batch_size,
+        )
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, without the trainer."""

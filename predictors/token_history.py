@@ -18,7 +18,7 @@ phrase that comes back routes much as it did: with t the place at hand and j < t
 
     sum over j, i of w_j * (1 - g) * g^(i-j-1) * use_i / (1 + sum of w_j),   j < i < t,
 
-with w_j = `_COPY_BASE` ** min(n, `_COPY_MAX_MATCH`). This is attention with fixed weights; nothing
+with w_j = `_COPY_BASE` ** min(n, `COPY_MAX_MATCH`). This is attention with fixed weights; nothing
 here is learned, and nothing looks past the token whose id is known.
 
 `History` goes token by token and is what serving runs; `histories_of` computes a whole trace at
@@ -42,11 +42,11 @@ NUM_PAST: Final = 3 + len(DECAYS)
 COPY_MIN_MATCH: Final = (1, 2)
 NUM_ROWS: Final = NUM_PAST + len(COPY_MIN_MATCH)
 COPY_WINDOW: Final = 1024
+COPY_MAX_MATCH: Final = 5
 NUM_TOKENS_READ: Final = 3  # the next token's id, the last one's and the one's before
 
 _COPY_DISCOUNT: Final = 0.9
 _COPY_BASE: Final = 4.0
-_COPY_MAX_MATCH: Final = 5
 _FIRST_AGE: Final = 60.0  # of an expert that this request has not used yet
 _AGE_SCALE: Final = 0.25  # brings a row's values to about 1, as the others' are
 _BLOCK: Final = 512  # tokens whose copies are computed at once
@@ -133,7 +133,7 @@ class History:
         # Places moved on by one, and out of the window at its far end.
         before_W = torch.cat([torch.zeros(1, dtype=torch.int64), self._match_W])[-window:]
         self._match_W = torch.where(self._ids_W == token_id, before_W + 1, 0)
-        weights_MW = _weights(self._match_W)
+        weights_MW = copy_weights(self._match_W)
         copied_MJ = _attend(weights_MW[:, None], self._uses_WJ)[:, 0]
         self._copies_RLE = copied_MJ.view_as(self._no_copies)
 
@@ -203,21 +203,27 @@ def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
         routed_BW = (place_W < now_B1) & (place_W >= now_B1 - COPY_WINDOW)
         match_BW = torch.zeros(routed_BW.shape, dtype=torch.int64)
         same_BW = routed_BW
-        for back in range(_COPY_MAX_MATCH):  # one more token back, as long as all after it agree
+        for back in range(COPY_MAX_MATCH):  # one more token back, as long as all after it agree
             same_BW = same_BW & (place_W >= back)
             same_BW &= ids_T[(now_B1 - back).clamp(min=0)] == ids_T[(place_W - back).clamp(min=0)]
             match_BW += same_BW
         copies_TMJ[start:stop] = _attend(
-            _weights(match_BW), uses_TJ[low:stop], until=routed_BW
+            copy_weights(match_BW), uses_TJ[low:stop], until=routed_BW
         ).transpose(0, 1)
     return copies_TMJ
 
 
-def _weights(match_W: Tensor) -> Tensor:
+def copy_weights(match_W: Tensor) -> Tensor:
     """How much each place counts, for each of `COPY_MIN_MATCH`: float32 [M, ..., W]."""
-    weight_W = _COPY_BASE ** match_W.clamp(max=_COPY_MAX_MATCH).float()
-    rows = [torch.where(match_W >= least, weight_W, 0.0) for least in COPY_MIN_MATCH]
+    weight_W = _COPY_BASE ** match_W.clamp(max=COPY_MAX_MATCH).float()
+    rows = [weight_W.masked_fill(match_W < least, 0.0) for least in COPY_MIN_MATCH]
     return torch.stack(rows)
+
+
+def copy_follow_PW(places_P: Tensor, num_places: int) -> Tensor:
+    """How much each place of the window adds to the copy of what followed another: float32."""
+    steps_PW = torch.arange(num_places) - places_P[:, None] - 1
+    return (1 - _COPY_DISCOUNT) * _COPY_DISCOUNT ** steps_PW.clamp(min=0) * (steps_PW >= 0)
 
 
 def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -> Tensor:
@@ -233,7 +239,6 @@ def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -
     has_next = torch.cat([routed[:, 1:], torch.zeros_like(routed[:, :1])], dim=1)
     weights_MBW = weights_MBW * has_next
     places_P = weights_MBW.flatten(0, 1).any(dim=0).nonzero().flatten()
-    steps_PW = torch.arange(len(uses_WJ)) - places_P[:, None] - 1
-    follow_PW = (1 - _COPY_DISCOUNT) * _COPY_DISCOUNT ** steps_PW.clamp(min=0) * (steps_PW >= 0)
+    follow_PW = copy_follow_PW(places_P, len(uses_WJ))
     spread_MBW = (weights_MBW[..., places_P] @ follow_PW) * routed
     return spread_MBW @ uses_WJ.float() / (1 + weights_MBW.sum(-1, keepdim=True))

@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.devices import set_up_triton
+
+set_up_triton()
+
 # On busy cores, threads that share tiny tensors mostly wait for each other.
 torch.set_num_threads(1)
 

@@ -1,0 +1,50 @@
+"""What a predictor must be to run inside a captured CUDA graph: a fixed-shape tensor program.
+
+`Predictor.graph_module` gives one, where the predictor has it; the others run on the host, beside
+the graph, and write their forecasts into a tensor that it reads.
+
+A graph replays addresses, so whatever a module keeps between calls is a buffer that it updates in
+place; for the rest, the rules of `runtime.policies.base` hold. One module serves the B rows of one
+batch. What is kept and what is evicted is decided for the batch, so outputs are means over rows.
+
+Shape letters: B rows of a batch · L MoE layers · E experts per layer.
+"""
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+
+class GraphPredictor(nn.Module, ABC):
+    """A fitted predictor for B rows; the calls are `predictors.base.Predictor`'s, in that order.
+
+    Attributes:
+        next_LE: float32 buffer: use by the next token, calibrated.
+        forecast_LE: float32 buffer: the whole forecast (`predictors.base.Forecast`).
+    """
+
+    next_LE: Tensor
+    forecast_LE: Tensor
+
+    @abstractmethod
+    def begin(self) -> None:
+        """New requests in all rows: forget the past and say what is expected of a first token."""
+
+    @abstractmethod
+    def on_token(
+        self, expert_map_BLE: Tensor, token_ids_B: Tensor, next_token_ids_B: Tensor
+    ) -> None:
+        """All rows' tokens have passed all layers: look ahead again.
+
+        Args:
+            expert_map_BLE: float32, their router probabilities.
+            token_ids_B: int64, the finished tokens' ids, -1 = not known.
+            next_token_ids_B: int64, the ids that are fed next, likewise.
+        """
+
+    @abstractmethod
+    def on_routed(self, layer: int, router_probs_BE: Tensor) -> Tensor:
+        """Use of one layer's experts after the tokens that it has just routed, float32 [E].
+
+        Called for layers 0, 1, ... in turn, in the unit of ``forecast_LE - next_LE``.
+        """

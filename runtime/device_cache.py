@@ -1,0 +1,277 @@
+"""The expert cache on the device: the same books as `runtime.cache`, kept without the host.
+
+A `DeviceCache` owns an `ExpertCache`'s state on the device and changes it by one kernel launch per
+layer. It adds what the expert kernel must know: at which address each expert lies, and how much of
+it. An expert's weights may be in its slot as a **prefix**: its first ``present`` neurons, a
+multiple of 64; the rest is read at home, in pinned host memory. So a whole resident expert, a miss,
+MoEpic's tops and a prefetch that got half-way are one and the same.
+
+Scores are computed for all layers at once, before a forward pass (`advance`). Policies are
+elementwise (`Policy.keep_scores`), so what the event itself changes about the experts that it needs
+does not matter: they are protected.
+
+Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · C slots ·
+F expert FFN inner size · A entries of an active list · X counters.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.cache import ExpertCache
+from runtime.policies.base import Policy
+
+COUNTERS = ("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons")
+"""Columns of `DeviceCache.counters_LX`."""
+
+
+class Active(NamedTuple):
+    """The experts that a layer's latest event needs, misses first, then ascending ids.
+
+    Only the first ``num_1`` entries mean anything. Addresses are of a record's first byte.
+    """
+
+    num_1: Tensor  # int32
+    expert_A: Tensor  # int32
+    slot_address_A: Tensor  # int64, 0 = no slot: read in place and not kept
+    present_A: Tensor  # int32, neurons that the slot held before the event
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotMemory:
+    """Where one layer's slots lie.
+
+    Args:
+        base_address: Of slot 0.
+        slot_bytes: From one slot to the next.
+        num_slots: C.
+        slot_neurons: How many of an expert's neurons fit: all F, or a multiple of 64 below.
+    """
+
+    base_address: int
+    slot_bytes: int
+    num_slots: int
+    slot_neurons: int
+
+
+class DeviceCache:
+    """The state of one cache on a device, and the event that changes it.
+
+    Args:
+        policy: Scores what is worth keeping.
+        num_experts: E.
+        top_k: K.
+        num_neurons: F.
+        memory: Each layer's slots.
+        home_address_LE: int64, every expert's record in memory that the device can read.
+        max_tokens: The most tokens of one event.
+        device: Where the state lives.
+        kernels: Use the Triton kernel; False runs the reference in torch, which waits for nothing
+            either but takes some forty launches.
+
+    Attributes:
+        cache: The books; tensors that the kernel updates.
+        keep_LE: float32, the next event's scores; a row may be overwritten before its `step`.
+        present_LE: int32, neurons of each expert that lie in its slot.
+        address_LE: int64, the record of a resident expert in its slot, of others at home.
+        counters_LX: int64, `COUNTERS` since the last `reset`.
+
+    Raises:
+        ValueError: A slot holds no multiple of 64 neurons, or shapes disagree.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        num_experts: int,
+        top_k: int,
+        num_neurons: int,
+        memory: Sequence[SlotMemory],
+        home_address_LE: Tensor,
+        max_tokens: int,
+        device: torch.device | str,
+        kernels: bool = True,
+    ) -> None:
+        L, E = len(memory), num_experts
+        if home_address_LE.shape != (L, E):
+            raise ValueError(
+                f"home_address_LE has shape {tuple(home_address_LE.shape)}: not {L, E}"
+            )
+        for layer, slots in enumerate(memory):
+            held = slots.slot_neurons
+            if held != num_neurons and not (0 < held < num_neurons and held % 64 == 0):
+                raise ValueError(
+                    f"layer {layer}: slot_neurons={held} must be F={num_neurons} or a multiple of "
+                    "64 below"
+                )
+        self.policy, self.memory = policy, tuple(memory)
+        self.num_neurons, self.max_tokens = num_neurons, max_tokens
+        self.cache = ExpertCache(
+            policy,
+            num_layers=L,
+            num_experts=E,
+            slots=torch.tensor([slots.num_slots for slots in memory]),
+            max_needed=min(E, max_tokens * top_k),
+            device=device,
+        )
+        active = min(E, max_tokens * top_k)
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.keep_LE = zeros(L, E, dtype=torch.float32)
+        self.present_LE = zeros(L, E, dtype=torch.int32)
+        self.home_address_LE = home_address_LE.to(device)
+        self.address_LE = self.home_address_LE.clone()
+        self.counters_LX = zeros(L, len(COUNTERS), dtype=torch.int64)
+        self._needed_LE = zeros(L, E, dtype=torch.bool)
+        self._active = [
+            Active(
+                zeros(1, dtype=torch.int32),
+                zeros(active, dtype=torch.int32),
+                zeros(active, dtype=torch.int64),
+                zeros(active, dtype=torch.int32),
+            )
+            for _ in range(L)
+        ]
+        self._ids_E = torch.arange(E, device=device)
+        self._kernels = kernels
+
+    def active(self, layer: int) -> Active:
+        """What the layer's latest event needs; static tensors."""
+        return self._active[layer]
+
+    def advance(self, forecast_LE: Tensor | None = None) -> None:
+        """A forward pass begins: the next event of every layer is at hand.
+
+        Args:
+            forecast_LE: float32 [L, E], for policies that read one (`policies.base.later_use`).
+        """
+        usage = self.cache.usage
+        usage.step_L1.add_(1)
+        for half_life, uses_LE in usage.decayed_uses.items():
+            uses_LE.mul_(0.5 ** (1.0 / half_life))
+        scores_LE = self.policy.keep_scores(usage, forecast_LE)
+        self.keep_LE.copy_(scores_LE.expand_as(self.keep_LE))
+
+    def step(self, layer: int, topk_expert_ids_TK: Tensor) -> Active:
+        """Serve one event, as `ExpertCache.step` does; returns what the expert kernel must know.
+
+        What is needed and has a slot counts as present from here on: the expert kernel that follows
+        puts it there (write-through), or a copy in between does.
+        """
+        if self._kernels:
+            self._launch(layer, topk_expert_ids_TK)
+        else:
+            self._reference(layer, topk_expert_ids_TK)
+        for uses_LE in self.cache.usage.decayed_uses.values():
+            uses_LE[layer].add_(self._needed_LE[layer])
+        return self._active[layer]
+
+    def reset(self) -> None:
+        """Empty the cache, forget usage and counts; in place."""
+        self.cache.reset()
+        self.present_LE.zero_()
+        self.counters_LX.zero_()
+        self.address_LE.copy_(self.home_address_LE)
+
+    def check_integrity(self) -> None:
+        """AssertionError if the books do not balance; for tests and idle moments."""
+        self.cache.check_integrity()
+        slot_of_LE, resident_LE = self.cache.slot_of_LE, self.cache.usage.resident_LE
+        assert slot_of_LE is not None
+        for layer, slots in enumerate(self.memory):
+            here_E = slots.base_address + slot_of_LE[layer] * slots.slot_bytes
+            address_E = torch.where(resident_LE[layer], here_E, self.home_address_LE[layer])
+            assert torch.equal(self.address_LE[layer], address_E), "an address is not its slot's"
+            assert bool((self.present_LE[layer] <= slots.slot_neurons).all()), "more than fits"
+        assert bool((self.present_LE[~resident_LE] == 0).all()), "absent but present"
+
+    def _launch(self, layer: int, topk_expert_ids_TK: Tensor) -> None:
+        from runtime.kernels.cache_step import cache_step  # triton is there only on GPU machines
+
+        usage, slots, active = self.cache.usage, self.memory[layer], self._active[layer]
+        assert self.cache.slot_of_LE is not None
+        cache_step(
+            topk_expert_ids_TK,
+            capacity=slots.num_slots,
+            num_neurons=self.num_neurons,
+            slot_neurons=slots.slot_neurons,
+            slot_base=slots.base_address,
+            slot_bytes=slots.slot_bytes,
+            uses=self.policy.uses,
+            used_1=self.cache.used_L1[layer],
+            step_1=usage.step_L1[layer],
+            resident_E=usage.resident_LE[layer],
+            slot_of_E=self.cache.slot_of_LE[layer],
+            last_use_E=usage.last_use_LE[layer],
+            inserted_E=usage.inserted_LE[layer],
+            use_count_E=usage.use_count_LE[layer],
+            visits_E=usage.visits_LE[layer],
+            needed_E=self._needed_LE[layer],
+            keep_E=self.keep_LE[layer],
+            present_E=self.present_LE[layer],
+            home_E=self.home_address_LE[layer],
+            address_E=self.address_LE[layer],
+            num_active_1=active.num_1,
+            active_expert_A=active.expert_A,
+            active_slot_A=active.slot_address_A,
+            active_present_A=active.present_A,
+            counters_X=self.counters_LX[layer],
+        )
+
+    def _reference(self, layer: int, topk_expert_ids_TK: Tensor) -> None:
+        """What the kernel does, by way of `ExpertCache.step` on scores that are known already."""
+        E = self.cache.num_experts
+        needed_E = torch.zeros(E + 1, dtype=torch.bool, device=topk_expert_ids_TK.device)
+        needed_E[topk_expert_ids_TK.flatten().clamp(max=E)] = True
+        needed_E = needed_E[:E]
+        self._needed_LE[layer] = needed_E
+        usage = self.cache.usage
+        usage.step_L1[layer] -= 1  # `advance` has counted the event, and so does `step`
+        decayed = {half_life: uses_LE.clone() for half_life, uses_LE in usage.decayed_uses.items()}
+        self.policy, policy = _Given(self.policy, self.keep_LE[layer]), self.policy
+        self.cache.policy = self.policy
+        try:
+            step = self.cache.step(needed_E, layer=layer)
+        finally:
+            self.policy = self.cache.policy = policy
+        for half_life, uses_LE in usage.decayed_uses.items():
+            uses_LE.copy_(decayed[half_life])
+        slots, active = self.memory[layer], self._active[layer]
+        assert step.slot_of_LE is not None
+        resident_E = usage.resident_LE[layer]
+        address_E = slots.base_address + step.slot_of_LE * slots.slot_bytes
+        self.address_LE[layer] = torch.where(resident_E, address_E, self.home_address_LE[layer])
+        present_E = self.present_LE[layer] * step.hit_LE
+        order = torch.cat([(needed_E & ~step.hit_LE).nonzero(), step.hit_LE.nonzero()]).flatten()
+        num = len(order)
+        active.num_1.fill_(num)
+        active.expert_A[:num] = order.int()
+        active.slot_address_A[:num] = torch.where(resident_E, address_E, 0)[order]
+        active.present_A[:num] = present_E[order]
+        missed = (needed_E * (self.num_neurons - present_E)).sum()
+        counted = (step.hit_LE, step.insert_LE | step.streamed_LE, step.streamed_LE, step.evict_LE)
+        for column, mask_E in enumerate((needed_E, *counted)):
+            self.counters_LX[layer, column] += mask_E.sum()
+        self.counters_LX[layer, -1] += missed
+        self.present_LE[layer].masked_fill_(step.evict_LE, 0)
+        self.present_LE[layer].masked_fill_(needed_E & resident_E, slots.slot_neurons)
+
+
+class _Given(Policy):
+    """A policy's bookkeeping with scores that were computed before."""
+
+    name = "given"
+
+    def __init__(self, policy: Policy, keep_E: Tensor) -> None:
+        self.uses, self.half_lives = policy.uses, policy.half_lives
+        self._keep_E = keep_E
+
+    def keep_scores(self, usage: object, forecast_LE: Tensor | None) -> Tensor:
+        """Those scores."""
+        return self._keep_E

@@ -1,0 +1,385 @@
+"""The routed part of a MoE layer for a few tokens: every needed expert is read once, where it lies.
+
+Experts are records (`runtime.expert_layout`): neuron-major, so that one pass over a range of
+neurons computes gate, up, activation and down. A program does that for one expert and one chunk of
+neurons, and writes what they add to the output; a second kernel sums those in a fixed order. No
+atomics: the same inputs give the same bits, wherever each expert lies.
+
+A chunk is read from the expert's slot as far as the slot has it, else at home. With *write-through*
+what was read at home is put into the slot in passing, so that a miss crosses the link once and
+computes meanwhile. Misses come first in the active list, and so do their programs.
+
+Shape letters: T tokens · K experts per token · E experts · D hidden · F expert FFN inner size ·
+R rows per neuron · A active experts · N = T * K uses · C chunks of neurons.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from runtime.device_cache import Active
+from runtime.expert_layout import ExpertLayout
+from runtime.kernels.activation import KINDS, Activation
+
+MAX_TOKENS = 32
+_TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_REDUCED_CHUNKS, _REDUCED_COLUMNS = 16, 64  # of one tile of the second kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How the work is cut; the outcome may differ by rounding only.
+
+    Args:
+        neurons: Of one chunk, a power of two that divides 64; at least 16 for several tokens.
+        columns: Of D at a time, a power of two, likewise.
+        num_warps: Of a program.
+    """
+
+    neurons: int
+    columns: int
+    num_warps: int
+
+
+def default_tiles(num_tokens: int) -> Tiles:
+    """What was fastest on an H100 (benchmarks/expert_kernels.py)."""
+    return Tiles(8, 512, 4) if num_tokens == 1 else Tiles(32, 64, 4)
+
+
+def workspace_elements(
+    *, num_tokens: int, top_k: int, layout: ExpertLayout, tiles: Tiles | None = None
+) -> int:
+    """Elements of the float32 workspace that `expert_step` needs for so many tokens."""
+    tiles = tiles or default_tiles(num_tokens)
+    chunks = math.ceil(layout.expert_intermediate_size / tiles.neurons)
+    return num_tokens * top_k * chunks * layout.hidden_size
+
+
+@triton.jit
+def _activate(gate, up, KIND: tl.constexpr, HAS_GATE: tl.constexpr, ALPHA, LIMIT):
+    x = gate if HAS_GATE else up
+    if KIND == 0:
+        y = x * tl.sigmoid(x)
+    elif KIND == 1:
+        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == 2:
+        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        y = 0.5 * x * (1.0 + (2.0 * tl.sigmoid(2.0 * z) - 1.0))
+    elif KIND == 3:
+        y = tl.maximum(x, 0.0)
+    else:
+        clamped = tl.minimum(gate, LIMIT)
+        y = clamped * tl.sigmoid(ALPHA * clamped)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+    return y * up if HAS_GATE else y
+
+
+@triton.jit
+def _chunks(
+    hidden_TD,
+    ids_TK,
+    num_active_1,
+    expert_A,
+    slot_A,
+    present_A,
+    home_E,
+    partial_NCD,
+    num_tokens,
+    D,
+    F,
+    slot_neurons,
+    num_chunks,
+    ALPHA,
+    LIMIT,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    T_BLOCK: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    WRITE: tl.constexpr,
+    KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    BF: tl.constexpr,
+    BD: tl.constexpr,
+):
+    a = tl.program_id(1)
+    if a < tl.load(num_active_1):
+        chunk = tl.program_id(0)
+        expert = tl.load(expert_A + a)
+        slot = tl.load(slot_A + a)
+        present = tl.load(present_A + a)
+        home = tl.load(home_E + expert)
+        first = chunk * BF
+        here = (slot != 0) & (first < present)
+        base = tl.where(here, slot, home).to(tl.pointer_type(DTYPE))
+        target = slot.to(tl.pointer_type(DTYPE))
+        into_slot = (slot != 0) & (first >= present) & (first < slot_neurons)
+        f = first + tl.arange(0, BF)
+        f_inside = f < F
+        row = f.to(tl.int64) * (R * D)
+
+        # Which of the tokens use this expert, and as which of their K.
+        k = tl.arange(0, K_BLOCK)
+        t = tl.arange(0, T_BLOCK)
+        place = t[:, None] * K + k[None, :]
+        valid = (t[:, None] < num_tokens) & (k[None, :] < K)
+        ids = tl.load(ids_TK + place, mask=valid, other=-1)
+        mine = (ids == expert) & valid
+        uses = tl.max(mine.to(tl.int32), 1)
+        entry = tl.sum(tl.where(mine, place, 0), 1)
+
+        if T_BLOCK == 1:
+            gate_sum = tl.zeros([BF, BD], tl.float32)
+            up_sum = tl.zeros([BF, BD], tl.float32)
+            for start in range(0, D, BD):
+                d = start + tl.arange(0, BD)
+                inside = f_inside[:, None] & (d[None, :] < D)
+                at = row[:, None] + d[None, :]
+                x = tl.load(hidden_TD + d, mask=d < D, other=0.0).to(tl.float32)
+                w_up = tl.load(base + at + (R - 2) * D, mask=inside, other=0.0)
+                up_sum += w_up.to(tl.float32) * x[None, :]
+                if R == 3:
+                    w_gate = tl.load(base + at, mask=inside, other=0.0)
+                    gate_sum += w_gate.to(tl.float32) * x[None, :]
+                if WRITE:
+                    if into_slot:
+                        tl.store(target + at + (R - 2) * D, w_up, mask=inside)
+                        if R == 3:
+                            tl.store(target + at, w_gate, mask=inside)
+            gate = tl.sum(gate_sum, 1)
+            up = tl.sum(up_sum, 1)
+        else:
+            gate_sum = tl.zeros([T_BLOCK, BF], tl.float32)
+            up_sum = tl.zeros([T_BLOCK, BF], tl.float32)
+            for start in range(0, D, BD):
+                d = start + tl.arange(0, BD)
+                inside = f_inside[:, None] & (d[None, :] < D)
+                at = row[:, None] + d[None, :]
+                x_inside = (t[:, None] < num_tokens) & (d[None, :] < D)
+                x = tl.load(hidden_TD + t[:, None] * D + d[None, :], mask=x_inside, other=0.0)
+                x = x.to(DTYPE).to(DOT_DTYPE)
+                w_up = tl.load(base + at + (R - 2) * D, mask=inside, other=0.0)
+                up_sum = tl.dot(x, tl.trans(w_up).to(DOT_DTYPE), up_sum, input_precision="ieee")
+                if R == 3:
+                    w_gate = tl.load(base + at, mask=inside, other=0.0)
+                    gate_sum = tl.dot(
+                        x, tl.trans(w_gate).to(DOT_DTYPE), gate_sum, input_precision="ieee"
+                    )
+                if WRITE:
+                    if into_slot:
+                        tl.store(target + at + (R - 2) * D, w_up, mask=inside)
+                        if R == 3:
+                            tl.store(target + at, w_gate, mask=inside)
+            gate = gate_sum
+            up = up_sum
+        tail = F.to(tl.int64) * (R * D)  # what stands behind the block of weights
+        if HAS_BIAS:
+            whole = (slot != 0) & (present == F)
+            biases = tl.where(whole, slot, home).to(tl.pointer_type(DTYPE)) + tail
+            up_at = biases + f * (R - 1) + (R - 2)
+            up_bias = tl.load(up_at, mask=f_inside, other=0.0).to(tl.float32)
+            gate_bias = tl.load(biases + f * (R - 1), mask=f_inside, other=0.0).to(tl.float32)
+            if T_BLOCK == 1:
+                up += up_bias
+                gate += gate_bias
+            else:
+                up += up_bias[None, :]
+                gate += gate_bias[None, :]
+        inner = _activate(gate, up, KIND, R == 3, ALPHA, LIMIT)
+
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            inside = f_inside[:, None] & (d[None, :] < D)
+            at = row[:, None] + d[None, :] + (R - 1) * D
+            w_down = tl.load(base + at, mask=inside, other=0.0)
+            if WRITE:
+                if into_slot:
+                    tl.store(target + at, w_down, mask=inside)
+            if T_BLOCK == 1:
+                # Neurons beyond F: their weights are zeros, their inner value is not.
+                added = tl.sum(w_down.to(tl.float32) * inner[:, None], 0)[None, :]
+            else:
+                rounded = inner.to(DTYPE).to(DOT_DTYPE)
+                added = tl.dot(rounded, w_down.to(DOT_DTYPE), input_precision="ieee")
+            out = (entry[:, None].to(tl.int64) * num_chunks + chunk) * D + d[None, :]
+            tl.store(partial_NCD + out, added, mask=(uses[:, None] == 1) & (d[None, :] < D))
+
+        if WRITE:
+            if HAS_BIAS:
+                # The tail goes with the last chunk that the slot has room for.
+                if into_slot & (slot_neurons == F) & (chunk == num_chunks - 1):
+                    source = home.to(tl.pointer_type(DTYPE)) + tail
+                    size = F * (R - 1) + D
+                    for start in range(0, size, 1024):
+                        at = start + tl.arange(0, 1024)
+                        value = tl.load(source + at, mask=at < size)
+                        tl.store(target + tail + at, value, mask=at < size)
+
+
+@triton.jit
+def _reduce(
+    partial_NCD,
+    ids_TK,
+    weights_TK,
+    address_E,
+    output_TD,
+    num_experts,
+    D,
+    F,
+    num_chunks,
+    K: tl.constexpr,
+    R: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    BC: tl.constexpr,
+    BD: tl.constexpr,
+):
+    t = tl.program_id(1)
+    d = tl.program_id(0) * BD + tl.arange(0, BD)
+    total = tl.zeros([BD], tl.float32)
+    for k in tl.static_range(K):
+        expert = tl.load(ids_TK + t * K + k)
+        if expert < num_experts:
+            added = tl.zeros([BC, BD], tl.float32)
+            entry = (t * K + k).to(tl.int64) * num_chunks
+            for start in range(0, num_chunks, BC):
+                c = start + tl.arange(0, BC)
+                inside = (c[:, None] < num_chunks) & (d[None, :] < D)
+                at = (entry + c[:, None]) * D + d[None, :]
+                added += tl.load(partial_NCD + at, mask=inside, other=0.0)
+            value = tl.sum(added, 0)
+            if HAS_BIAS:
+                record = tl.load(address_E + expert).to(tl.pointer_type(DTYPE))
+                bias = record + F.to(tl.int64) * (R * D) + F * (R - 1) + d
+                value += tl.load(bias, mask=d < D, other=0.0).to(tl.float32)
+            total += value * tl.load(weights_TK + t * K + k).to(tl.float32)
+    tl.store(output_TD + t * D + d, total.to(output_TD.dtype.element_ty), mask=d < D)
+
+
+def expert_step(
+    *,
+    hidden_TD: Tensor,
+    topk_expert_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    active: Active,
+    home_address_E: Tensor,
+    address_E: Tensor,
+    slot_neurons: int,
+    layout: ExpertLayout,
+    activation: Activation,
+    workspace: Tensor,
+    output_TD: Tensor,
+    write_through: bool = True,
+    tiles: Tiles | None = None,
+) -> None:
+    """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
+
+    Arithmetic is float32 but for products of several tokens, which tensor cores make of the
+    weights' dtype and sum in float32; transformers rounds to the weights' dtype in between.
+
+    Args:
+        hidden_TD: Contiguous, T from 1 to `MAX_TOKENS`.
+        topk_expert_ids_TK: int64, contiguous; ids of E and above are skipped.
+        topk_weights_TK: Contiguous.
+        active: The event's experts (`runtime.device_cache.DeviceCache.step`).
+        home_address_E: int64, every expert's record.
+        address_E: int64, where the down biases are read: a whole record.
+        slot_neurons: How many neurons a slot holds; the rest of an expert is always read at home.
+        layout: Of the records.
+        activation: Of the experts.
+        workspace: float32, at least `workspace_elements`.
+        output_TD: Contiguous; every element is written.
+        write_through: Put what is read at home into the slots that experts have.
+        tiles: By default those for T.
+    """
+    (T, D), K = hidden_TD.shape, topk_expert_ids_TK.shape[1]
+    tiles = tiles or default_tiles(T)
+    F, R = layout.expert_intermediate_size, layout.num_rows
+    num_chunks = math.ceil(F / tiles.neurons)
+    dtype = _TRITON_DTYPES[layout.dtype]
+    _chunks[(num_chunks, active.expert_A.shape[0])](
+        hidden_TD,
+        topk_expert_ids_TK,
+        active.num_1,
+        active.expert_A,
+        active.slot_address_A,
+        active.present_A,
+        home_address_E,
+        workspace,
+        T,
+        D,
+        F,
+        slot_neurons,
+        num_chunks,
+        activation.alpha,
+        activation.limit,
+        K=K,
+        K_BLOCK=triton.next_power_of_2(K),
+        T_BLOCK=1 if T == 1 else 16 if T <= 16 else 32,
+        R=R,
+        HAS_BIAS=layout.has_bias,
+        WRITE=write_through,
+        KIND=KINDS.index(activation.kind),
+        DTYPE=dtype,
+        # The interpreter has no products of bfloat16; in float32 they are as exact.
+        DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
+        BF=tiles.neurons,
+        BD=tiles.columns,
+        num_warps=tiles.num_warps,
+    )
+    # A slot that holds tops only has no biases: they are read at home.
+    _reduce[(triton.cdiv(D, _REDUCED_COLUMNS), T)](
+        workspace,
+        topk_expert_ids_TK,
+        topk_weights_TK,
+        address_E if slot_neurons == F and write_through else home_address_E,
+        output_TD,
+        home_address_E.shape[0],
+        D,
+        F,
+        num_chunks,
+        K=K,
+        R=R,
+        HAS_BIAS=layout.has_bias,
+        DTYPE=dtype,
+        BC=_REDUCED_CHUNKS,
+        BD=_REDUCED_COLUMNS,
+        num_warps=4,
+    )
+
+
+def expert_step_reference(
+    *,
+    hidden_TD: Tensor,
+    topk_expert_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    records_EP: Tensor,
+    layout: ExpertLayout,
+    activation: Activation,
+) -> Tensor:
+    """The same from plain records, in float64: what the kernels are compared with."""
+    output_TD = torch.zeros_like(hidden_TD, dtype=torch.float64)
+    for t, ids_K in enumerate(topk_expert_ids_TK.tolist()):
+        for k, expert in enumerate(ids_K):
+            if expert >= len(records_EP):
+                continue
+            block_FRD = layout.block_FRD(records_EP[expert]).double()
+            rows = [block_FRD[:, row] @ hidden_TD[t].double() for row in range(layout.num_rows - 1)]
+            if layout.has_bias:
+                bias_FU = layout.up_bias_FU(records_EP[expert]).double()
+                rows = [row_F + bias_FU[:, u] for u, row_F in enumerate(rows)]
+            inner_F = activation(rows[0], rows[-1], layout.has_gate)
+            out_D = inner_F @ block_FRD[:, -1]
+            if layout.has_bias:
+                out_D = out_D + layout.down_bias_D(records_EP[expert]).double()
+            output_TD[t] += topk_weights_TK[t, k].double() * out_D
+    return output_TD
