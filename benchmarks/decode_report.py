@@ -26,6 +26,8 @@ class Samples:
         exact: Whether the logits that were looked at (first, last, one between) were in every
             repeat, to the bit, those of the resident row with the same kernels; None where that is
             not to be expected.
+        difference: Of the first token's logits, relative to our resident row's, as a ratio of
+            norms; None where that is not to be expected to be small.
         finite: Whether all logits that were looked at were finite.
     """
 
@@ -33,6 +35,7 @@ class Samples:
     traffic: list[Traffic] = field(default_factory=list)
     peak_gpu_bytes: int = 0
     exact: bool | None = None
+    difference: float | None = None
     finite: bool = True
 
     @property
@@ -77,6 +80,7 @@ def summary(
         "efficiency": bound_s / mean_step_s,
         "peak_gpu_bytes": samples.peak_gpu_bytes,
         "exact": samples.exact,
+        "logits_difference": samples.difference,
         "finite": samples.finite,
     }
 

@@ -52,8 +52,12 @@ class Row(ABC):
     Attributes:
         max_tokens: Time no more than this many tokens in a repeat; None sets no limit.
         max_repeats: Likewise.
+        same_bits: Its logits are those of our resident row, to the bit.
+        same_function: Its logits are the stock model's up to rounding.
     """
 
+    same_bits = False
+    same_function = True
     max_tokens: int | None = None
     max_repeats: int | None = None
 
@@ -110,7 +114,7 @@ class StockRow(Row):
 
     def prepare(self) -> None:
         """Only the context and the position; there is no cache."""
-        self.testbed.model.set_experts_implementation(self._implementation)
+        self.testbed.use_experts(self._implementation)
         self.testbed.rewind()
         self._steps = 0
 

@@ -7,16 +7,21 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import decode as benchmark
 from benchmarks import live_testbed, readme
 from benchmarks.decode_report import Samples, percentile, summary, text_table
 from benchmarks.decode_rows import StockRow, Traffic
+from benchmarks.decode_timer import Timer
+from benchmarks.forced_routing import Route
 from benchmarks.offload_baselines import HostSyncLru, matrix_expert
 from benchmarks.options import parse_options
-from benchmarks.replay_testbed import SHAPES, ReplayTestbed, Route
+from benchmarks.replay_shapes import SHAPES
+from benchmarks.replay_testbed import ReplayTestbed
 from data.tiny_moe import TINY_MOE_DIR
 from runtime.cache import ExpertCache
 from runtime.experts import expert_forward
 from runtime.policies import make_policy
+from tests.devices import KERNEL_DEVICE
 
 TOKENS = 5
 
@@ -246,3 +251,62 @@ def test_a_trained_model_is_the_same_to_the_bit_at_every_residency() -> None:
     assert all(0 < row["hit_ratio"] < 1 and row["miss_bytes"] > 0 for row in fewer)
     assert stock["median_margin"] > 0
     json.dumps(result)
+
+
+def test_a_run_measures_every_row_and_the_file_holds_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every path of the benchmark but torch.compile, accelerate and CUDA itself."""
+    out = tmp_path / "out.json"
+    benchmark.main(
+        [
+            *("shape=gptoss20b", "small=true", "dtype=float32", f"device={KERNEL_DEVICE}"),
+            *("residencies=.5", "policies=lru,belady", "repeats=2", "tokens=4", "accelerate=false"),
+            f"out={out}",
+        ]
+    )
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told == json.loads(out.read_text())
+    assert told["complete"]
+    assert told["failed"] == {}
+    assert set(told["skipped"]) == {"torch.compile", "accelerate cpu_offload"}
+    assert all(rate["median"] > 0 for rate in told["link_bytes_per_s"].values())
+    rows = {(row["row"], row["residency"]): row for row in told["rows"]}
+    assert len(rows) == len(told["rows"]) == 8
+    own = [row for (name, _), row in rows.items() if name.startswith("ours")]
+    assert all(row["exact"] and row["finite"] for row in own)
+    for name in ("eager", "grouped_mm"):
+        assert rows[f"eager, stock {name}", 1.0]["logits_difference"] < 1e-4
+    for residency in (0.5, 1.0):
+        resident = rows["ours, all resident", residency]
+        assert (resident["hit_ratio"], resident["missed_bytes_per_token"]) == (1.0, 0.0)
+    ours, theirs = rows["ours, lru", 0.5], rows["on-demand LRU, host synchronisation", 0.5]
+    for key in ("hit_ratio", "missed_bytes_per_token", "tokens"):
+        assert ours[key] == theirs[key]
+    assert 0 < ours["hit_ratio"] <= rows["ours, belady", 0.5]["hit_ratio"] < 1
+
+
+def test_a_row_that_fails_is_told_and_the_others_go_on() -> None:
+    bed = ReplayTestbed(
+        SHAPES["qwen3_30b"].small(), device=torch.device("cpu"), num_tokens=4, dtype=torch.float32
+    )
+    timer = Timer(bed, repeats=2, tokens=4)
+    with torch.no_grad():
+        samples = timer.time([StockRow(bed, "eager"), StockRow(bed, "does_not_exist")])
+    assert list(samples) == ["eager, stock eager"]
+    assert len(samples["eager, stock eager"].step_s) == 2
+    assert "does_not_exist" in timer.failed["eager, stock does_not_exist"]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("shape=gpt5", "shape=gpt5: must be one of gptoss20b"),
+        ("residencies=.5,1.5", "must be shares in"),
+        ("tokens=4000", "tokens=4000: must be in 4..128"),
+        ("dtype=int4", "dtype=int4: must be one of bfloat16"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(argument: str, message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        benchmark.main(["small=true", f"device={KERNEL_DEVICE}", argument])
