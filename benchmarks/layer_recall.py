@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from benchmarks.options import parse_options
 from benchmarks.record import record
 from data.errors import MoecastError
 from data.models import load_model
@@ -106,29 +107,6 @@ class Options:
     device: str = "auto"
     threads: int = 0
     out: str = ""
-
-
-def parse_options(arguments: Sequence[str]) -> Options:
-    """Read `key=value` words without the packages of the configuration tree.
-
-    Raises:
-        ValueError: A word without `=`, an unknown key or a value of the wrong type.
-    """
-    kinds: dict[str, Any] = {
-        field.name: type(field.default) for field in dataclasses.fields(Options)
-    }
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or key not in kinds:
-            raise ValueError(f"{argument!r}: expected key=value with a key of {sorted(kinds)}")
-        if kinds[key] is bool and text not in ("true", "false"):
-            raise ValueError(f"{key}={text}: expected true or false")
-        try:
-            values[key] = text == "true" if kinds[key] is bool else kinds[key](text)
-        except ValueError:
-            raise ValueError(f"{key}={text}: expected {kinds[key].__name__}") from None
-    return Options(**values)
 
 
 def corpus_windows(options: Options, tokenizer: Any) -> TokenIds:
@@ -358,7 +336,7 @@ def measure(options: Options) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> None:
     """Command line."""
     try:
-        options = parse_options(argv)
+        options = parse_options(Options, argv)
         result = measure(options)
     except (MoecastError, ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

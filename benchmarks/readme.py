@@ -156,6 +156,33 @@ def _index(result: dict[str, Any]) -> str:
     )
 
 
+def _decode(result: dict[str, Any]) -> str:
+    header = ["resident", "row", "TPOT p50 (p99), ms", "of resident speed", "hit ratio"]
+    rows = [
+        [
+            f"{100 * row['residency']:.0f} %",
+            row["row"],
+            f"{1e3 * row['tpot_p50_s']:.2f} ({1e3 * row['tpot_p99_s']:.2f})",
+            f"{row['resident_speed_fraction']:.2f}",
+            _percent(row["hit_ratio"]),
+            f"{row['missed_bytes_per_token'] / 1e6:.0f}",
+            f"{row['efficiency']:.2f}",
+        ]
+        for row in result["rows"]
+    ]
+    rates = ", ".join(
+        f"{way} {rate['median'] / 1e9:.1f}" for way, rate in result["link_bytes_per_s"].items()
+    )
+    gpus = ", ".join(gpu["name"] for gpu in result["hardware"]["gpus"]) or "no GPU"
+    options = result["options"]
+    skipped = "".join(f" {name}: not run, {why}." for name, why in result["skipped"].items())
+    return (
+        f"{markdown([*header, 'missed MB/token', 'efficiency'], rows)}\n\n"
+        f"{result['model']}, batch 1, {options['repeats']} repeats of {options['tokens']} tokens "
+        f"on {gpus}; link in GB/s: {rates}.{skipped} {_where(result)}"
+    )
+
+
 def _points(values: dict[str, Any]) -> str:
     return f"{100 * values['mean']:.1f} ({100 * (values['sd'] or 0):.1f})"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import layer_recall
+from benchmarks.options import parse_options
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What a machine with a GPU and torch need not have.
@@ -48,4 +49,4 @@ def test_it_runs_with_torch_and_lightning_alone(tmp_path: Path) -> None:
 )
 def test_bad_arguments_are_named(argument: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        layer_recall.parse_options([argument])
+        parse_options(layer_recall.Options, [argument])

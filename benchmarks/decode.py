@@ -1,0 +1,235 @@
+"""Decode speed with a share of the experts on the GPU: ours, and others' ways, side by side.
+
+    python -m benchmarks.decode shape=gptoss20b                       # 25, 40, 50 and 75 % resident
+    python -m benchmarks.decode shape=dsv2lite residencies=.4 policies=lru,lfru
+    python -m benchmarks.decode shape=live model=DIR device=cuda      # a trained model, end to end
+    TRITON_INTERPRET=1 python -m benchmarks.decode small=true tokens=4 repeats=1   # on a CPU
+
+Testbed *replay* (`benchmarks.replay_testbed`): real-size random weights, routing forced from a
+real trace, batch 1. Testbed *live* (`benchmarks.live_testbed`): a trained model through `attach`.
+
+All rows of a residency run in one process, taking turns: each repeat lets every row decode the same
+tokens of the trace from the same warm cache. The warm-up lets the tokens before pass through the
+cache without computing, then puts the residents where they belong; its time is not counted. The
+host waits for the device after each token, as a server that streams does.
+
+What is written after each residency is whole, so that a run that is cut leaves what it measured.
+Ends with one line of JSON; ``out=benchmarks/results/decode_<shape>.json`` keeps it.
+"""
+
+import gc
+import resource
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from benchmarks import live_testbed
+from benchmarks.decode_report import summary, text_table
+from benchmarks.decode_rows import Row, StockRow
+from benchmarks.decode_timer import Timer
+from benchmarks.graph_rows import HostRecords, OwnRow
+from benchmarks.link_rates import link_rates
+from benchmarks.offload_baselines import ACCELERATE_INSTALLED, AccelerateOffload, HostSyncLru
+from benchmarks.options import as_json, parse_options
+from benchmarks.record import circumstances, record
+from benchmarks.replay_shapes import SHAPES
+from benchmarks.replay_testbed import ReplayTestbed
+from data.errors import MoecastError
+from data.files import write_json
+from data.machine import hardware
+from runtime.budget import slots_at
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        shape: One of `SHAPES`, or live.
+        residencies: Shares of the experts that have a slot.
+        policies: Of our cache. In caches of their own for each layer, least_stale is lru by its
+            definition unless something is prefetched; belady is told the truth.
+        repeats: How often each row is timed.
+        tokens: Timed tokens of a repeat.
+        warm: Tokens before them that fill the cache; 0 takes the shape's own number.
+        accelerate: Time accelerate's offloading, a token a repeat.
+        stock: Time transformers' own experts, all resident.
+        compile: Time torch.compile on them too, which takes minutes to compile.
+        small: 2 layers of 8 small experts with drawn routing, for a CPU.
+        model: For live: tiny_moe or a folder.
+        device: auto, cpu or cuda.
+        dtype: Of all weights.
+        out: Keep the JSON here; "" does not.
+    """
+
+    shape: str = "gptoss20b"
+    residencies: tuple[float, ...] = (0.25, 0.4, 0.5, 0.75)
+    policies: tuple[str, ...] = ("lru", "lfu", "lfru", "lcp", "belady")
+    repeats: int = 5
+    tokens: int = 64
+    warm: int = 0
+    accelerate: bool = True
+    stock: bool = True
+    compile: bool = False
+    small: bool = False
+    model: str = "tiny_moe"
+    device: str = "auto"
+    dtype: str = "bfloat16"
+    out: str = ""
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.shape not in (*SHAPES, "live"):
+            raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}, live")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        for name in ("repeats", "tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not self.residencies or not all(0 < share < 1 for share in self.residencies):
+            raise ValueError(f"residencies={self.residencies}: must be shares in (0, 1)")
+
+
+def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measure all rows on the replay testbed; ``keep`` gets what is there after each residency."""
+    device = _device(options)
+    if device.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise ValueError("device=cpu: set TRITON_INTERPRET=1, the kernels' only way to run there")
+    shape = SHAPES[options.shape]
+    shape = shape.small() if options.small else shape
+    bed = ReplayTestbed(
+        shape,
+        warm=options.warm,
+        device=device,
+        num_tokens=options.tokens,
+        dtype=DTYPES[options.dtype],
+    )
+    timer = Timer(bed, repeats=options.repeats, tokens=options.tokens)
+    host = HostRecords(bed)
+    timer.say(f"{bed.describe()} is ready")
+    rates = link_rates(host.records_LEP[0], bed.block_EP)  # it holds the same bytes
+    link_bytes_per_s = max(rate["median"] for rate in rates.values())
+    for way, rate in rates.items():
+        timer.say(f"link, {way}: {rate['median'] / 1e9:.1f} GB/s")
+
+    resident = OwnRow(bed, host, "lru", slots=bed.num_experts)
+    first_rows: list[Row] = [
+        resident,
+        OwnRow(bed, host, "lru", slots=bed.num_experts, graph=False),
+    ]
+    skipped = {}
+    if options.stock:
+        first_rows += [StockRow(bed, name) for name in ("eager", "grouped_mm")]
+    if options.compile:
+        first_rows.append(StockRow(bed, "grouped_mm", compiled=True))
+    else:
+        skipped["torch.compile"] = "compiling takes minutes: compile=true"
+    if not options.accelerate:
+        skipped["accelerate cpu_offload"] = "accelerate=false"
+    elif not ACCELERATE_INSTALLED:
+        skipped["accelerate cpu_offload"] = "accelerate is not installed"
+    result: dict[str, Any] = {
+        "testbed": "replay",
+        "options": as_json(options),
+        "model": bed.describe(),
+        "trace": {"name": shape.trace, "digest": bed.route.digest, "start": shape.start},
+        "warm_tokens": bed.warm,
+        "context_tokens": bed.context_tokens,
+        "expert_bytes": bed.layout.record_bytes,
+        "hardware": hardware(),
+        "link_bytes_per_s": rates,
+        "skipped": skipped,
+        "failed": timer.failed,
+        "rows": [],
+        "complete": False,
+    }
+
+    def measure(rows: Sequence[Row], residency: float) -> None:
+        samples = timer.time(rows)
+        if resident.name not in samples:
+            raise RuntimeError(f"{resident.name}: {timer.failed[resident.name]}")
+        resident_step_s = samples[resident.name].mean_step_s
+        told = [
+            summary(
+                row.name,
+                row.slots,
+                samples[row.name],
+                resident_step_s=resident_step_s,
+                link_bytes_per_s=link_bytes_per_s,
+            )
+            | {"residency": residency}
+            for row in rows
+            if row.name in samples
+        ]
+        result["rows"] += told
+        result["peak_host_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        for row in rows:
+            if row is not resident:
+                row.close()
+        gc.collect()
+        timer.say(f"{residency:.0%} resident\n{text_table(told)}")
+        keep(result)
+
+    measure(first_rows, 1.0)
+    for residency in options.residencies:
+        slots = slots_at(residency, bed.spec)
+        rows: list[Row] = [resident, HostSyncLru(bed, slots=slots, records_LEP=host.records_LEP)]
+        if options.accelerate and ACCELERATE_INSTALLED:
+            rows.append(AccelerateOffload(bed, slots=slots))
+        rows += [OwnRow(bed, host, policy, slots=slots) for policy in options.policies]
+        measure(rows, residency)
+    host.close()
+    result["complete"] = True
+    return result
+
+
+def _device(options: Options) -> torch.device:
+    if options.device != "auto":
+        return torch.device(options.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@torch.no_grad()
+def main(argv: Sequence[str]) -> None:
+    """Command line."""
+    try:
+        options = parse_options(Options, argv)
+        out = Path(options.out) if options.out else None
+        name = f"decode_{options.shape}"
+
+        def keep(result: dict[str, Any]) -> None:
+            if out is not None:
+                write_json(out, {**result, "benchmark": name, "circumstances": circumstances()})
+
+        if options.shape == "live":
+            result = live_testbed.measure_live(
+                options.model,
+                device=_device(options),
+                dtype=options.dtype,
+                residencies=options.residencies,
+                policies=[p for p in options.policies if p != "belady"],
+                repeats=options.repeats,
+                tokens=options.tokens,
+            )
+            result["options"] = as_json(options)
+        else:
+            result = measure_replay(options, keep)
+    except (MoecastError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    record(name, result, out=out)
+    wrong = [row["row"] for row in result["rows"] if row["exact"] is False or not row["finite"]]
+    if failed := result.get("failed"):
+        sys.exit(f"error: these rows failed: {failed}")
+    if wrong:
+        sys.exit(f"error: logits differ from the resident model's, or are not finite: {wrong}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

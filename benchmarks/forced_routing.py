@@ -1,0 +1,146 @@
+"""Routing of a real trace in place of a model's own, in eager mode and inside a graph alike.
+
+A hook on each router puts the recorded experts and weights where the router's own choice was. It
+reads them from a device tensor at a position that the device counts itself, so that nothing waits
+for the host. The truth about later use, which Belady's policy asks for, is at hand the same way.
+
+Shape letters: T tokens · N replayed tokens · L MoE layers · E experts per layer · K experts per
+token.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.replay_shapes import Shape
+from data.adapters import MoELayer
+from data.importers import load_traces
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """The recorded routing of consecutive tokens, and the truth about what comes after each.
+
+    Attributes:
+        ids_NLK: int64.
+        weights_NLK: float32, each token's weights sum to 1.
+        next_use_NLE: float32, minus the number of the next token that uses the expert, -inf =
+            never: what `Belady` is told of the time after token n.
+        digest: Names the trace's content.
+    """
+
+    ids_NLK: Tensor
+    weights_NLK: Tensor
+    next_use_NLE: Tensor
+    digest: str
+
+    @classmethod
+    def of(cls, ids_NLK: Tensor, weights_NLK: Tensor, num_experts: int, digest: str) -> "Route":
+        """Normalise the weights and look ahead."""
+        num_tokens, num_layers, _ = ids_NLK.shape
+        next_use_NLE = torch.empty(num_tokens, num_layers, num_experts)
+        next_LE = torch.full((num_layers, num_experts), -torch.inf)
+        for n in range(num_tokens - 1, -1, -1):
+            next_use_NLE[n] = next_LE
+            next_LE.scatter_(1, ids_NLK[n], -float(n))
+        total_NL1 = weights_NLK.sum(-1, keepdim=True).clamp_min(1e-9)
+        return cls(
+            ids_NLK=ids_NLK,
+            weights_NLK=weights_NLK / total_NL1,
+            next_use_NLE=next_use_NLE,
+            digest=digest,
+        )
+
+    @classmethod
+    def recorded(
+        cls, shape: Shape, num_tokens: int, *, num_layers: int, num_experts: int
+    ) -> "Route":
+        """Tokens ``start .. start + num_tokens`` of the shape's trace, each as one decode step.
+
+        Requests follow each other as they were recorded; the cache lives through them.
+
+        Raises:
+            ValueError: The trace is too short, or not of this shape.
+        """
+        traces = load_traces(shape.trace)
+        top_k = shape.config["num_experts_per_tok"]
+        spec = traces.spec
+        if (spec.num_layers, spec.num_experts, spec.top_k) != (num_layers, num_experts, top_k):
+            raise ValueError(
+                f"trace {shape.trace}: {spec.describe()}, the model has {num_layers} MoE layers x "
+                f"{num_experts} experts, top-{top_k}"
+            )
+        requests = [traces[i] for i in range(len(traces))]
+        stop = shape.start + num_tokens
+        ids_NLK = np.concatenate([trace.topk_expert_ids_TLK for trace in requests])[:stop]
+        if len(ids_NLK) < stop:
+            raise ValueError(
+                f"trace {shape.trace} has {len(ids_NLK)} tokens: {stop} are needed for "
+                f"{num_tokens} from {shape.start} on"
+            )
+        weights_NLK = np.ones(ids_NLK.shape, np.float32)
+        if all(trace.topk_probs_TLK is not None for trace in requests):
+            weights_NLK = np.concatenate([t.topk_probs_TLK for t in requests])[:stop]  # type: ignore[misc]
+        rows = slice(shape.start, stop)
+        return cls.of(
+            torch.from_numpy(ids_NLK[rows].astype(np.int64)),
+            torch.from_numpy(weights_NLK[rows].astype(np.float32)),
+            num_experts,
+            traces.digest,
+        )
+
+    @classmethod
+    def drawn(cls, num_tokens: int, *, num_layers: int, num_experts: int, top_k: int) -> "Route":
+        """A random routing in which each layer has favourites; for tests."""
+        generator = torch.Generator().manual_seed(0)
+        taste_LE = torch.rand(num_layers, num_experts, generator=generator) * 2
+        noise_NLE = torch.rand(num_tokens, num_layers, num_experts, generator=generator)
+        weights_NLK, ids_NLK = (taste_LE + noise_NLE).topk(top_k)
+        return cls.of(ids_NLK, weights_NLK, num_experts, "drawn with seed 0")
+
+
+class ForcedRouting:
+    """Hooks that make a model route as recorded, token after token.
+
+    Attributes:
+        position_1: int64 on the device, the token that the next forward pass replays; it counts by
+            itself (in the last layer's router) and wraps around.
+        forecast_LE: float32 [L, E] on the device, what is true of the time after that token; made
+            ready before layer 0 computes its experts.
+    """
+
+    def __init__(self, layers: list[MoELayer], route: Route, device: torch.device) -> None:
+        self._ids_NLK = route.ids_NLK.to(device)
+        self._weights_NLK = route.weights_NLK.to(device)
+        self._next_use_NLE = route.next_use_NLE.to(device)
+        self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
+        self.forecast_LE = torch.zeros_like(self._next_use_NLE[0])
+        self._handles = [
+            moe.router.register_forward_hook(self._hook_of(moe.layer, len(layers)))
+            for moe in layers
+        ]
+
+    def seek(self, position: int) -> None:
+        """Let the next forward pass replay token ``position``."""
+        self.position_1.fill_(position)
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hook_of(self, layer: int, num_layers: int) -> Any:
+        def hook(router: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            logits, weights_TK, ids_TK = output
+            if layer == 0:
+                self.forecast_LE.copy_(self._next_use_NLE.index_select(0, self.position_1)[0])
+            ids_TK = self._ids_NLK[:, layer].index_select(0, self.position_1).to(ids_TK.dtype)
+            weights = self._weights_NLK[:, layer].index_select(0, self.position_1)
+            if layer == num_layers - 1:
+                self.position_1.add_(1).remainder_(len(self._ids_NLK))
+            return logits, weights.to(weights_TK.dtype), ids_TK
+
+        return hook

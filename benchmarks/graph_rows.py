@@ -1,0 +1,239 @@
+"""Our rows of the decode benchmark: the runtime's cache and kernels, fed with forced routing.
+
+Every layer's experts are one cache step and one expert step, exactly as the runtime serves them
+(`DeviceCache`, `expert_step`), and the whole step, router to sampled token, is one CUDA graph. The
+benchmark only spares itself what would take minutes: host memory is filled once for all rows, and
+what the warm-up leaves resident is put into the slots in one go instead of being computed with
+token by token.
+
+Shape letters: T tokens · N replayed tokens · L MoE layers · C slots · E experts per layer ·
+K experts per token · D hidden · P elements of a record.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from benchmarks.decode_rows import EAGER_TOKENS, Row, Traffic
+from benchmarks.replay_testbed import ReplayTestbed
+from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
+from runtime.kernels.activation import Activation
+from runtime.kernels.copy import copy_records
+from runtime.kernels.experts import expert_step, workspace_elements
+from runtime.policies import make_policy
+
+_TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
+
+
+class HostRecords:
+    """Page-locked host memory for every layer's experts, filled from the testbed's one block.
+
+    Attributes:
+        records_LEP: A tensor [E, P] for each layer.
+        address_LE: int64, of each record, on the device.
+
+    Raises:
+        MemoryError: The system refuses to lock so much memory.
+    """
+
+    def __init__(self, testbed: ReplayTestbed) -> None:
+        block_EP = testbed.block_EP
+        self.records_LEP: list[Tensor] = []
+        self._locked: list[int] = []
+        for _ in range(testbed.num_layers):
+            records_EP = torch.empty(block_EP.shape, dtype=block_EP.dtype)
+            self.records_LEP.append(records_EP)
+            if block_EP.is_cuda:
+                self._lock(records_EP)
+            records_EP.copy_(block_EP, non_blocking=True)
+        self.address_LE = torch.tensor(
+            [[record_P.data_ptr() for record_P in records_EP] for records_EP in self.records_LEP],
+            device=testbed.device,
+        )
+
+    def close(self) -> None:
+        """Unlock and free the memory."""
+        for address in self._locked:
+            _cudart().cudaHostUnregister(address)
+        self._locked.clear()
+        self.records_LEP.clear()
+
+    def _lock(self, records_EP: Tensor) -> None:
+        address, size = records_EP.data_ptr(), records_EP.nbytes
+        error = _cudart().cudaHostRegister(address, size, 0)
+        if int(error):
+            locked = len(self._locked) * size
+            raise MemoryError(f"{size} bytes could not be page-locked ({error}), {locked} were")
+        self._locked.append(address)
+
+
+class OwnRow(Row):
+    """Decoding through our cache and kernels.
+
+    Args:
+        testbed: What is decoded.
+        host: All experts in host memory.
+        policy: A name of `runtime.policies.POLICIES`.
+        slots: C of every layer.
+        graph: Replay the step as a graph (on a CPU, which has none, it is called again); False lets
+            the host launch every kernel.
+    """
+
+    same_bits = True
+    _IMPLEMENTATION = "benchmark-own"
+
+    def __init__(
+        self,
+        testbed: ReplayTestbed,
+        host: HostRecords,
+        policy: str,
+        *,
+        slots: int,
+        graph: bool = True,
+    ) -> None:
+        what = "all resident" if slots == testbed.num_experts else policy
+        super().__init__(f"ours, {what}{'' if graph else ', eager'}", testbed, slots=slots)
+        self.max_tokens = None if graph else EAGER_TOKENS
+        self._host, self._policy, self._with_graph = host, policy, graph
+        self._layer_of = {moe.experts: moe.layer for moe in testbed.layers}
+        self._activation = Activation.of(testbed.layers[0].experts)
+        elements = workspace_elements(num_tokens=1, top_k=testbed.top_k, layout=testbed.layout)
+        self._workspace = torch.empty(elements, device=testbed.device)
+        self._slots_LCP: list[Tensor] = []
+        self._cache: DeviceCache | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def prepare(self) -> None:
+        """Capture the step, then bring the cache to where the warm-up ends."""
+        bed, layout = self.testbed, self.testbed.layout
+        self._slots_LCP = [torch.empty_like(bed.block_EP[: self.slots]) for _ in bed.layers]
+        self._cache = DeviceCache(
+            make_policy(self._policy),
+            num_experts=bed.num_experts,
+            top_k=bed.top_k,
+            num_neurons=layout.expert_intermediate_size,
+            memory=[
+                SlotMemory(
+                    base_address=slots_CP.data_ptr(),
+                    slot_bytes=layout.record_bytes,
+                    num_slots=self.slots,
+                    slot_neurons=layout.expert_intermediate_size,
+                )
+                for slots_CP in self._slots_LCP
+            ],
+            home_address_LE=self._host.address_LE,
+            max_tokens=1,
+            device=bed.device,
+        )
+        ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = self._experts_forward
+        bed.use_experts(self._IMPLEMENTATION)
+        bed.rewind()
+        self._replay = self._step_of_the_model()
+        self._warm_up()
+        bed.rewind()
+        self._cache.counters_LX.zero_()
+
+    def step(self) -> None:
+        """One decode step."""
+        assert self._replay is not None
+        self._replay()
+
+    def traffic(self) -> Traffic:
+        """What the cache counted on the device."""
+        assert self._cache is not None
+        counts = dict(zip(COUNTERS, self._cache.counters_LX.sum(0).tolist(), strict=True))
+        layout = self.testbed.layout
+        missed_bytes = counts["missed_neurons"] * layout.record_bytes
+        return Traffic(
+            accesses=counts["accesses"],
+            hits=counts["hits"],
+            missed_bytes=missed_bytes // layout.expert_intermediate_size,
+        )
+
+    def finish(self) -> None:
+        """Free graph and slots."""
+        self._replay = self._cache = None
+        self._slots_LCP.clear()
+        ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
+
+    def _step_of_the_model(self) -> Callable[[], None]:
+        bed = self.testbed
+
+        def step() -> None:
+            bed.step(bed.model)
+
+        if bed.device.type != "cuda" or not self._with_graph:
+            return step
+        stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_TRIAL_STEPS):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        logits_BTV = bed.logits_BTV
+
+        def replay() -> None:
+            graph.replay()
+            bed.logits_BTV = logits_BTV
+
+        return replay
+
+    def _experts_forward(
+        self, experts: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
+        assert self._cache is not None
+        layer, cache = self._layer_of[experts], self._cache
+        if layer == 0:  # the hook of this layer's router has made the truth ready
+            cache.advance(self.testbed.forced.forecast_LE)
+        active = cache.step(layer, ids_TK)
+        output_TD = torch.empty_like(hidden_TD)
+        expert_step(
+            hidden_TD=hidden_TD,
+            topk_expert_ids_TK=ids_TK,
+            topk_weights_TK=weights_TK,
+            active=active,
+            home_address_E=cache.home_address_LE[layer],
+            address_E=cache.address_LE[layer],
+            slot_neurons=cache.memory[layer].slot_neurons,
+            layout=self.testbed.layout,
+            activation=self._activation,
+            workspace=self._workspace,
+            output_TD=output_TD,
+        )
+        return output_TD
+
+    def _warm_up(self) -> None:
+        """The tokens before the measured ones: decided one by one, their bytes moved at the end."""
+        assert self._cache is not None
+        bed, cache = self.testbed, self._cache
+        cache.reset()
+        if self.slots == bed.num_experts:  # all resident: also what no token has asked for yet
+            everyone = torch.arange(bed.num_experts + bed.top_k - 1, device=bed.device)
+            padded = everyone.clamp(max=bed.num_experts)  # ids of E are nobody's
+            num_events = -(-bed.num_experts // bed.top_k)
+            for ids_K in padded[: num_events * bed.top_k].view(num_events, bed.top_k):
+                for layer in range(bed.num_layers):
+                    cache.step(layer, ids_K[None])
+        ids_NLK = bed.route.ids_NLK[: bed.warm].to(bed.device)
+        next_use_NLE = bed.route.next_use_NLE[: bed.warm].to(bed.device)
+        for ids_LK, next_use_LE in zip(ids_NLK, next_use_NLE, strict=True):
+            cache.advance(next_use_LE)
+            for layer in range(bed.num_layers):
+                cache.step(layer, ids_LK[layer, None])
+        layer_N, expert_N = (cache.address_LE != cache.home_address_LE).nonzero(as_tuple=True)
+        record_bytes = bed.layout.record_bytes
+        copy_records(
+            bed.block_EP.data_ptr() + expert_N * record_bytes,
+            cache.address_LE[layer_N, expert_N],
+            torch.full_like(expert_N, record_bytes),
+        )
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
