@@ -20,6 +20,7 @@ Ends with one line of JSON; ``out=benchmarks/results/decode_<shape>.json`` keeps
 import gc
 import resource
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,16 +33,18 @@ from benchmarks import live_testbed
 from benchmarks.decode_report import summary, text_table
 from benchmarks.decode_rows import Row, StockRow
 from benchmarks.decode_timer import Timer
+from benchmarks.forced_routing import traces_of_shape
 from benchmarks.graph_rows import HostRecords, OwnRow
 from benchmarks.link_rates import link_rates
 from benchmarks.offload_baselines import ACCELERATE_INSTALLED, AccelerateOffload, HostSyncLru
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import circumstances, record
-from benchmarks.replay_shapes import SHAPES
+from benchmarks.replay_shapes import SHAPES, Shape
 from benchmarks.replay_testbed import ReplayTestbed
 from data.errors import MoecastError
 from data.files import write_json
 from data.machine import hardware
+from predictors.forecaster import Forecaster
 from runtime.budget import slots_at
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -56,6 +59,8 @@ class Options:
         residencies: Shares of the experts that have a slot.
         policies: Of our cache. In caches of their own for each layer, least_stale is lru by its
             definition unless something is prefetched; belady is told the truth.
+        forecaster: Fit one on topics that are not replayed, where the trace has such, and let it
+            say what to keep.
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
@@ -72,6 +77,7 @@ class Options:
     shape: str = "gptoss20b"
     residencies: tuple[float, ...] = (0.25, 0.4, 0.5, 0.75)
     policies: tuple[str, ...] = ("lru", "lfu", "lfru", "lcp", "belady")
+    forecaster: bool = True
     repeats: int = 5
     tokens: int = 64
     warm: int = 0
@@ -119,6 +125,12 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
     for way, rate in rates.items():
         timer.say(f"link, {way}: {rate['median'] / 1e9:.1f} GB/s")
 
+    forecaster, fit_s = None, None
+    if options.forecaster and shape.held_out:
+        started_s = time.perf_counter()
+        forecaster = fitted_forecaster(shape)
+        fit_s = time.perf_counter() - started_s
+        timer.say(f"forecaster fitted in {fit_s:.0f} s, on other topics")
     resident = OwnRow(bed, host, "lru", slots=bed.num_experts)
     first_rows: list[Row] = [
         resident,
@@ -145,6 +157,7 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         "expert_bytes": bed.layout.record_bytes,
         "hardware": hardware(),
         "link_bytes_per_s": rates,
+        "forecaster_fit_s": fit_s,
         "skipped": skipped,
         "failed": timer.failed,
         "rows": [],
@@ -184,10 +197,20 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         if options.accelerate and ACCELERATE_INSTALLED:
             rows.append(AccelerateOffload(bed, slots=slots))
         rows += [OwnRow(bed, host, policy, slots=slots) for policy in options.policies]
+        if forecaster is not None:
+            rows.append(OwnRow(bed, host, "forecast", slots=slots, predictor=forecaster))
         measure(rows, residency)
     host.close()
     result["complete"] = True
     return result
+
+
+def fitted_forecaster(shape: Shape) -> Forecaster:
+    """Fitted on the requests whose topics are not replayed; a GPU takes half a minute for it."""
+    forecaster = Forecaster(seed=0, trainer={"enable_progress_bar": False})
+    with torch.enable_grad():
+        forecaster.fit(traces_of_shape(shape))
+    return forecaster
 
 
 def _device(options: Options) -> torch.device:

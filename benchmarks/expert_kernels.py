@@ -244,7 +244,14 @@ def main(argv: Sequence[str]) -> None:
                 for case in sorted(timed, key=lambda c: c["us"]["median"])[:3]:
                     us, gb_per_s = case["us"]["median"], case["gb_per_s"]["median"]
                     cells.append(
-                        [name, num_tokens, place, case["tiles"], f"{us:.0f}", f"{gb_per_s:.1f}"]
+                        [
+                            name,
+                            str(num_tokens),
+                            place,
+                            str(case["tiles"]),
+                            f"{us:.0f}",
+                            f"{gb_per_s:.1f}",
+                        ]
                     )
                     print(*cells[-1], file=sys.stderr)
             if device.type == "cuda":
@@ -252,7 +259,7 @@ def main(argv: Sequence[str]) -> None:
                     cases.append(
                         {"shape": name, "tokens": num_tokens, "place": what, "gb_per_s": rate}
                     )
-                    cells.append([name, num_tokens, what, "", "", f"{rate['median']:.1f}"])
+                    cells.append([name, str(num_tokens), what, "", "", f"{rate['median']:.1f}"])
             del bed
     print(format_table(["shape", "tokens", "where", "tiles", "us", "GB/s"], cells))
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU, interpreted"

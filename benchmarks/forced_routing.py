@@ -8,16 +8,19 @@ Shape letters: T tokens · N replayed tokens · L MoE layers · E experts per la
 token.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from benchmarks.replay_shapes import Shape
 from data.adapters import MoELayer
 from data.importers import load_traces
+from data.schema import Trace, TraceList, TraceSet
+from data.splits import split_by_topic
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +32,30 @@ class Route:
         weights_NLK: float32, each token's weights sum to 1.
         next_use_NLE: float32, minus the number of the next token that uses the expert, -inf =
             never: what `Belady` is told of the time after token n.
+        token_ids_N: int64, what was fed; -1 = not recorded.
+        starts_N: bool on the host, a request's first token.
         digest: Names the trace's content.
     """
 
     ids_NLK: Tensor
     weights_NLK: Tensor
     next_use_NLE: Tensor
+    token_ids_N: Tensor
+    starts_N: Tensor
     digest: str
 
     @classmethod
-    def of(cls, ids_NLK: Tensor, weights_NLK: Tensor, num_experts: int, digest: str) -> "Route":
-        """Normalise the weights and look ahead."""
+    def of(
+        cls,
+        ids_NLK: Tensor,
+        weights_NLK: Tensor,
+        num_experts: int,
+        digest: str,
+        *,
+        token_ids_N: Tensor | None = None,
+        starts_N: Tensor | None = None,
+    ) -> "Route":
+        """Normalise the weights and look ahead; by default all is one request without ids."""
         num_tokens, num_layers, _ = ids_NLK.shape
         next_use_NLE = torch.empty(num_tokens, num_layers, num_experts)
         next_LE = torch.full((num_layers, num_experts), -torch.inf)
@@ -51,6 +67,8 @@ class Route:
             ids_NLK=ids_NLK,
             weights_NLK=weights_NLK / total_NL1,
             next_use_NLE=next_use_NLE,
+            token_ids_N=torch.full((num_tokens,), -1) if token_ids_N is None else token_ids_N,
+            starts_N=torch.arange(num_tokens) == 0 if starts_N is None else starts_N,
             digest=digest,
         )
 
@@ -65,7 +83,7 @@ class Route:
         Raises:
             ValueError: The trace is too short, or not of this shape.
         """
-        traces = load_traces(shape.trace)
+        traces = traces_of_shape(shape)
         top_k = shape.config["num_experts_per_tok"]
         spec = traces.spec
         if (spec.num_layers, spec.num_experts, spec.top_k) != (num_layers, num_experts, top_k):
@@ -73,7 +91,11 @@ class Route:
                 f"trace {shape.trace}: {spec.describe()}, the model has {num_layers} MoE layers x "
                 f"{num_experts} experts, top-{top_k}"
             )
-        requests = [traces[i] for i in range(len(traces))]
+        requests = [
+            trace
+            for trace in (traces[i] for i in range(len(traces)))
+            if not shape.held_out or traces.split[trace.request_id] == "test"
+        ]
         stop = shape.start + num_tokens
         ids_NLK = np.concatenate([trace.topk_expert_ids_TLK for trace in requests])[:stop]
         if len(ids_NLK) < stop:
@@ -85,11 +107,15 @@ class Route:
         if all(trace.topk_probs_TLK is not None for trace in requests):
             weights_NLK = np.concatenate([t.topk_probs_TLK for t in requests])[:stop]  # type: ignore[misc]
         rows = slice(shape.start, stop)
+        starts = np.concatenate([np.arange(trace.num_tokens) == 0 for trace in requests])
+        token_ids = np.concatenate([_token_ids(trace) for trace in requests])
         return cls.of(
             torch.from_numpy(ids_NLK[rows].astype(np.int64)),
             torch.from_numpy(weights_NLK[rows].astype(np.float32)),
             num_experts,
             traces.digest,
+            token_ids_N=torch.from_numpy(token_ids[rows]),
+            starts_N=torch.from_numpy(starts[rows]),
         )
 
     @classmethod
@@ -100,6 +126,24 @@ class Route:
         noise_NLE = torch.rand(num_tokens, num_layers, num_experts, generator=generator)
         weights_NLK, ids_NLK = (taste_LE + noise_NLE).topk(top_k)
         return cls.of(ids_NLK, weights_NLK, num_experts, "drawn with seed 0")
+
+
+def traces_of_shape(shape: Shape) -> TraceSet:
+    """The shape's traces, split by topic, always in the same way."""
+    traces = load_traces(shape.trace)
+    if not shape.held_out:
+        return traces
+    assert isinstance(traces, TraceList)
+    topic_of = {trace.request_id: trace.topic for trace in traces.traces}
+    return replace(traces, split=split_by_topic(topic_of, seed=0))
+
+
+def _token_ids(trace: Trace) -> npt.NDArray[np.int64]:
+    """What was fed for each routed token."""
+    if trace.token_ids_P is None:
+        return np.full(trace.num_tokens, -1)
+    first = trace.first_routed_position
+    return trace.token_ids_P[first : first + trace.num_tokens].astype(np.int64)
 
 
 class ForcedRouting:

@@ -19,6 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from benchmarks.decode_rows import EAGER_TOKENS, Row, Traffic
 from benchmarks.replay_testbed import ReplayTestbed
+from predictors.base import Predictor
+from predictors.graph import GraphPredictor
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
@@ -78,6 +80,7 @@ class OwnRow(Row):
         host: All experts in host memory.
         policy: A name of `runtime.policies.POLICIES`.
         slots: C of every layer.
+        predictor: What policies that forecast go by; it runs inside the graph.
         graph: Replay the step as a graph (on a CPU, which has none, it is called again); False lets
             the host launch every kernel.
     """
@@ -92,9 +95,12 @@ class OwnRow(Row):
         policy: str,
         *,
         slots: int,
+        predictor: Predictor | None = None,
         graph: bool = True,
     ) -> None:
         what = "all resident" if slots == testbed.num_experts else policy
+        if predictor is not None:
+            what = f"{policy} ({predictor.kind})"
         super().__init__(f"ours, {what}{'' if graph else ', eager'}", testbed, slots=slots)
         self.max_tokens = None if graph else EAGER_TOKENS
         self._host, self._policy, self._with_graph = host, policy, graph
@@ -105,6 +111,9 @@ class OwnRow(Row):
         self._slots_LCP: list[Tensor] = []
         self._cache: DeviceCache | None = None
         self._replay: Callable[[], None] | None = None
+        self._foresight: Foresight | None = None
+        if predictor is not None:
+            self._foresight = Foresight(testbed, predictor)
 
     def prepare(self) -> None:
         """Capture the step, then bring the cache to where the warm-up ends."""
@@ -137,9 +146,11 @@ class OwnRow(Row):
         self._cache.counters_LX.zero_()
 
     def step(self) -> None:
-        """One decode step."""
+        """One decode step, and what a request's end asks for."""
         assert self._replay is not None
         self._replay()
+        if self._foresight is not None:
+            self._foresight.after_step()
 
     def traffic(self) -> Traffic:
         """What the cache counted on the device."""
@@ -164,6 +175,8 @@ class OwnRow(Row):
 
         def step() -> None:
             bed.step(bed.model)
+            if self._foresight is not None:
+                self._foresight.on_token()
 
         if bed.device.type != "cuda" or not self._with_graph:
             return step
@@ -190,7 +203,10 @@ class OwnRow(Row):
         assert self._cache is not None
         layer, cache = self._layer_of[experts], self._cache
         if layer == 0:  # the hook of this layer's router has made the truth ready
-            cache.advance(self.testbed.forced.forecast_LE)
+            foresight = self._foresight
+            cache.advance(self.testbed.forced.forecast_LE if foresight is None else foresight.LE)
+        if self._foresight is not None:
+            cache.rescore(layer, self._foresight.on_routed(layer, ids_TK, weights_TK))
         active = cache.step(layer, ids_TK)
         output_TD = torch.empty_like(hidden_TD)
         expert_step(
@@ -222,10 +238,23 @@ class OwnRow(Row):
                     cache.step(layer, ids_K[None])
         ids_NLK = bed.route.ids_NLK[: bed.warm].to(bed.device)
         next_use_NLE = bed.route.next_use_NLE[: bed.warm].to(bed.device)
-        for ids_LK, next_use_LE in zip(ids_NLK, next_use_NLE, strict=True):
-            cache.advance(next_use_LE)
+        weights_NLK = bed.route.weights_NLK[: bed.warm].to(bed.device)
+        foresight = self._foresight
+        if foresight is not None:
+            foresight.begin()
+        for n, (ids_LK, next_use_LE) in enumerate(zip(ids_NLK, next_use_NLE, strict=True)):
+            bed.forced.seek(n)
+            cache.advance(next_use_LE if foresight is None else foresight.LE)
             for layer in range(bed.num_layers):
+                if foresight is not None:
+                    weights_1K = weights_NLK[n, layer, None]
+                    later_E = foresight.on_routed(layer, ids_LK[layer, None], weights_1K)
+                    cache.rescore(layer, later_E)
                 cache.step(layer, ids_LK[layer, None])
+            if foresight is not None:
+                bed.forced.seek(n + 1)
+                foresight.on_token()
+                foresight.after_step()
         layer_N, expert_N = (cache.address_LE != cache.home_address_LE).nonzero(as_tuple=True)
         record_bytes = bed.layout.record_bytes
         copy_records(
@@ -233,6 +262,60 @@ class OwnRow(Row):
             cache.address_LE[layer_N, expert_N],
             torch.full_like(expert_N, record_bytes),
         )
+
+
+class Foresight:
+    """A predictor inside the graph, fed with the routing that is forced.
+
+    It sees what a serving runtime would show it: each layer's routing once that layer has routed,
+    the token's whole map and the id that follows once the token is sampled, and where requests
+    begin, which the host knows.
+
+    Args:
+        testbed: What is decoded.
+        predictor: Fitted on other requests.
+    """
+
+    def __init__(self, testbed: ReplayTestbed, predictor: Predictor) -> None:
+        module = predictor.graph_module(batch_size=1)
+        if module is None:
+            raise ValueError(f"predictor {predictor.kind!r} cannot run inside a graph")
+        self._module: GraphPredictor = module.to(testbed.device)
+        self._testbed = testbed
+        route = testbed.route
+        self._token_ids_N = route.token_ids_N.to(testbed.device)
+        self._starts_N = route.starts_N.tolist()
+        self._map_LE = torch.zeros_like(self._module.next_LE)
+        self._position = 0  # the host's count of the tokens that have passed
+
+    @property
+    def LE(self) -> Tensor:  # noqa: N802 (a shape, not a word)
+        """The use that is expected after the token at hand, before anything of it is known."""
+        return self._module.forecast_LE - self._module.next_LE
+
+    def begin(self) -> None:
+        """Stand before token 0."""
+        self._position = 0
+        self._module.begin()
+
+    def on_routed(self, layer: int, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+        """The layer's later use; a trace knows the K probabilities that count."""
+        row_E = self._map_LE[layer]
+        row_E.zero_().scatter_(0, ids_1K[0], weights_1K[0].float())
+        return self._module.on_routed(layer, row_E[None])
+
+    def on_token(self) -> None:
+        """The token is through; the device's position stands at the one that is fed next."""
+        position_1 = self._testbed.forced.position_1
+        next_id_1 = self._token_ids_N.index_select(0, position_1)
+        id_1 = self._token_ids_N.index_select(0, (position_1 - 1).clamp(min=0))
+        self._module.on_token(self._map_LE[None], id_1, next_id_1)
+
+    def after_step(self) -> None:
+        """Forget the past where the next token begins a request."""
+        self._position = (self._position + 1) % len(self._starts_N)
+        if self._starts_N[self._position]:
+            self._module.begin()
 
 
 def _cudart() -> Any:

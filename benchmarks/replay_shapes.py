@@ -17,6 +17,8 @@ class Shape:
         trace: A name of `data.importers.catalog.TRACES`; "" draws a skewed random routing.
         family: The model type of transformers.
         config: What differs from the family's defaults.
+        held_out: Replay only requests of the topics that predictors are tested on; the others are
+            there to fit one.
         start: The first routed token that is replayed.
         warm: Tokens before the measured ones that only fill the cache.
     """
@@ -24,6 +26,7 @@ class Shape:
     trace: str
     family: str
     config: Mapping[str, Any]
+    held_out: bool = False
     start: int = 0
     warm: int = 256
 
@@ -48,7 +51,7 @@ class Shape:
             "v_head_dim": 16,
         }
         config = {**self.config, **{k: v for k, v in sizes.items() if k in self.config}}
-        return dataclasses.replace(self, trace="", config=config, start=0, warm=6)
+        return dataclasses.replace(self, trace="", config=config, held_out=False, start=0, warm=6)
 
 
 _UNTIED: dict[str, Any] = {"tie_word_embeddings": False, "pad_token_id": None}
@@ -56,6 +59,7 @@ SHAPES: Mapping[str, Shape] = {
     "gptoss20b": Shape(
         trace="gptoss20b",
         family="gpt_oss",
+        held_out=True,
         start=2000,
         config={
             **_UNTIED,

@@ -213,6 +213,10 @@ class ExpertCache:
         """The live state that policies see, `Usage.resident_LE` among it."""
         return self._state.usage
 
+    def layer_usage(self, layer: int) -> Usage:
+        """One layer's view of `usage`."""
+        return self._layers[layer].usage
+
     @property
     def slot_of_LE(self) -> Tensor | None:
         """int64 slot of each expert, -1 = not resident; the live state. None without slots."""

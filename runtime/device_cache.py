@@ -74,7 +74,7 @@ class DeviceCache:
 
     Attributes:
         cache: The books; tensors that the kernel updates.
-        keep_LE: float32, the next event's scores; a row may be overwritten before its `step`.
+        keep_LE: float32, the next event's scores.
         present_LE: int32, neurons of each expert that lie in its slot.
         address_LE: int64, the record of a resident expert in its slot, of others at home.
         counters_LX: int64, `COUNTERS` since the last `reset`.
@@ -157,6 +157,11 @@ class DeviceCache:
             uses_LE.mul_(0.5 ** (1.0 / half_life))
         scores_LE = self.policy.keep_scores(usage, forecast_LE)
         self.keep_LE.copy_(scores_LE.expand_as(self.keep_LE))
+
+    def rescore(self, layer: int, forecast_E: Tensor) -> None:
+        """Score one layer anew, before its `step`: its predictor knows more by now."""
+        usage = self.cache.layer_usage(layer)
+        self.keep_LE[layer].copy_(self.policy.keep_scores(usage, forecast_E))
 
     def step(self, layer: int, topk_expert_ids_TK: Tensor) -> Active:
         """Serve one event, as `ExpertCache.step` does; returns what the expert kernel must know.

@@ -22,11 +22,14 @@ def _copy(source_N, target_N, num_bytes_N, BLOCK: tl.constexpr):
         source = tl.load(source_N + piece).to(tl.pointer_type(tl.int64))
         target = tl.load(target_N + piece).to(tl.pointer_type(tl.int64))
         per_program = tl.cdiv(tl.cdiv(num_words, tl.num_programs(0)), 2) * 2  # 16 bytes
-        first = tl.program_id(0) * per_program
-        last = tl.minimum(first + per_program, num_words)
+        first = tl.multiple_of(tl.program_id(0) * per_program, 2)
+        last = tl.multiple_of(tl.minimum(first + per_program, num_words), 2)
         for start in range(first, last, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            tl.store(target + at, tl.load(source + at, mask=at < last), mask=at < last)
+            # Addresses that come from memory need to be told that they are aligned.
+            read = tl.max_contiguous(tl.multiple_of(source + at, 16), BLOCK)
+            write = tl.max_contiguous(tl.multiple_of(target + at, 16), BLOCK)
+            tl.store(write, tl.load(read, mask=at < last), mask=at < last)
 
 
 def copy_records(
@@ -41,7 +44,7 @@ def copy_records(
     Args:
         source_address_N: int64, multiples of 16.
         target_address_N: int64, likewise; pieces must not overlap.
-        num_bytes_N: int64, multiples of 8; a piece of none costs nothing.
+        num_bytes_N: int64, multiples of 16; a piece of none costs nothing.
         programs_per_record: 16 and more reach the link's full rate with one piece at a time.
     """
     _copy[(programs_per_record, len(num_bytes_N))](

@@ -31,7 +31,7 @@ _TRITON_DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_REDUCED_CHUNKS, _REDUCED_COLUMNS = 16, 64  # of one tile of the second kernel
+_REDUCED_CHUNKS, _REDUCED_COLUMNS = 64, 32  # of one tile of the second kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class Tiles:
 
 def default_tiles(num_tokens: int) -> Tiles:
     """What was fastest on an H100 (benchmarks/expert_kernels.py)."""
-    return Tiles(8, 512, 4) if num_tokens == 1 else Tiles(32, 64, 4)
+    return Tiles(16, 256, 4) if num_tokens == 1 else Tiles(32, 64, 4)
 
 
 def workspace_elements(
@@ -83,6 +83,15 @@ def _activate(gate, up, KIND: tl.constexpr, HAS_GATE: tl.constexpr, ALPHA, LIMIT
 
 
 @triton.jit
+def _at(base, row, d, ALIGNED: tl.constexpr):
+    """Addresses of numbers ``d`` of rows; wide loads need to be told that they are aligned."""
+    at = base + (row[:, None] + d[None, :])
+    if ALIGNED:
+        at = tl.max_contiguous(tl.multiple_of(at, (1, 16)), (1, d.shape[0]))
+    return at
+
+
+@triton.jit
 def _chunks(
     hidden_TD,
     ids_TK,
@@ -108,6 +117,7 @@ def _chunks(
     KIND: tl.constexpr,
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BF: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -143,18 +153,17 @@ def _chunks(
             for start in range(0, D, BD):
                 d = start + tl.arange(0, BD)
                 inside = f_inside[:, None] & (d[None, :] < D)
-                at = row[:, None] + d[None, :]
                 x = tl.load(hidden_TD + d, mask=d < D, other=0.0).to(tl.float32)
-                w_up = tl.load(base + at + (R - 2) * D, mask=inside, other=0.0)
+                w_up = tl.load(_at(base + (R - 2) * D, row, d, ALIGNED), mask=inside, other=0.0)
                 up_sum += w_up.to(tl.float32) * x[None, :]
                 if R == 3:
-                    w_gate = tl.load(base + at, mask=inside, other=0.0)
+                    w_gate = tl.load(_at(base, row, d, ALIGNED), mask=inside, other=0.0)
                     gate_sum += w_gate.to(tl.float32) * x[None, :]
                 if WRITE:
                     if into_slot:
-                        tl.store(target + at + (R - 2) * D, w_up, mask=inside)
+                        tl.store(_at(target + (R - 2) * D, row, d, ALIGNED), w_up, mask=inside)
                         if R == 3:
-                            tl.store(target + at, w_gate, mask=inside)
+                            tl.store(_at(target, row, d, ALIGNED), w_gate, mask=inside)
             gate = tl.sum(gate_sum, 1)
             up = tl.sum(up_sum, 1)
         else:
@@ -163,22 +172,21 @@ def _chunks(
             for start in range(0, D, BD):
                 d = start + tl.arange(0, BD)
                 inside = f_inside[:, None] & (d[None, :] < D)
-                at = row[:, None] + d[None, :]
                 x_inside = (t[:, None] < num_tokens) & (d[None, :] < D)
                 x = tl.load(hidden_TD + t[:, None] * D + d[None, :], mask=x_inside, other=0.0)
                 x = x.to(DTYPE).to(DOT_DTYPE)
-                w_up = tl.load(base + at + (R - 2) * D, mask=inside, other=0.0)
+                w_up = tl.load(_at(base + (R - 2) * D, row, d, ALIGNED), mask=inside, other=0.0)
                 up_sum = tl.dot(x, tl.trans(w_up).to(DOT_DTYPE), up_sum, input_precision="ieee")
                 if R == 3:
-                    w_gate = tl.load(base + at, mask=inside, other=0.0)
+                    w_gate = tl.load(_at(base, row, d, ALIGNED), mask=inside, other=0.0)
                     gate_sum = tl.dot(
                         x, tl.trans(w_gate).to(DOT_DTYPE), gate_sum, input_precision="ieee"
                     )
                 if WRITE:
                     if into_slot:
-                        tl.store(target + at + (R - 2) * D, w_up, mask=inside)
+                        tl.store(_at(target + (R - 2) * D, row, d, ALIGNED), w_up, mask=inside)
                         if R == 3:
-                            tl.store(target + at, w_gate, mask=inside)
+                            tl.store(_at(target, row, d, ALIGNED), w_gate, mask=inside)
             gate = gate_sum
             up = up_sum
         tail = F.to(tl.int64) * (R * D)  # what stands behind the block of weights
@@ -199,11 +207,10 @@ def _chunks(
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
             inside = f_inside[:, None] & (d[None, :] < D)
-            at = row[:, None] + d[None, :] + (R - 1) * D
-            w_down = tl.load(base + at, mask=inside, other=0.0)
+            w_down = tl.load(_at(base + (R - 1) * D, row, d, ALIGNED), mask=inside, other=0.0)
             if WRITE:
                 if into_slot:
-                    tl.store(target + at, w_down, mask=inside)
+                    tl.store(_at(target + (R - 1) * D, row, d, ALIGNED), w_down, mask=inside)
             if T_BLOCK == 1:
                 # Neurons beyond F: their weights are zeros, their inner value is not.
                 added = tl.sum(w_down.to(tl.float32) * inner[:, None], 0)[None, :]
@@ -332,6 +339,7 @@ def expert_step(
         DTYPE=dtype,
         # The interpreter has no products of bfloat16; in float32 they are as exact.
         DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
+        ALIGNED=D * layout.dtype.itemsize % 16 == 0,
         BF=tiles.neurons,
         BD=tiles.columns,
         num_warps=tiles.num_warps,

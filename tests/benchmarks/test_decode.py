@@ -1,8 +1,10 @@
 """The decode benchmark's parts on tiny models: what it forces, counts, compares and reports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +12,17 @@ from torch import Tensor
 from benchmarks import decode as benchmark
 from benchmarks import live_testbed, readme
 from benchmarks.decode_report import Samples, percentile, summary, text_table
-from benchmarks.decode_rows import StockRow, Traffic
+from benchmarks.decode_rows import Row, StockRow, Traffic
 from benchmarks.decode_timer import Timer
 from benchmarks.forced_routing import Route
+from benchmarks.graph_rows import HostRecords, OwnRow
 from benchmarks.offload_baselines import HostSyncLru, matrix_expert
 from benchmarks.options import parse_options
 from benchmarks.replay_shapes import SHAPES
 from benchmarks.replay_testbed import ReplayTestbed
+from data.schema import Trace, TraceList
 from data.tiny_moe import TINY_MOE_DIR
+from predictors.forecaster import Forecaster
 from runtime.cache import ExpertCache
 from runtime.experts import expert_forward
 from runtime.policies import make_policy
@@ -36,7 +41,7 @@ def bed(request: pytest.FixtureRequest) -> ReplayTestbed:
     )
 
 
-def decode(row: StockRow | HostSyncLru) -> tuple[list[int], Tensor]:
+def decode(row: Row) -> tuple[list[int], Tensor]:
     row.prepare()
     said = []
     with torch.no_grad():
@@ -151,6 +156,60 @@ def test_the_host_synchronised_lru_computes_alike_at_every_size(bed: ReplayTestb
         outputs.append(bed.logits_BTV)
         row.close()
     assert torch.equal(*outputs)
+
+
+def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> None:
+    bed = ReplayTestbed(
+        SHAPES["gptoss20b"].small(),
+        device=torch.device(KERNEL_DEVICE),
+        num_tokens=TOKENS,
+        dtype=torch.float32,
+    )
+    second = bed.warm + 2  # where another request begins, in the middle of what is measured
+    bed.route = replace(
+        bed.route,
+        starts_N=torch.isin(torch.arange(len(bed.route.ids_NLK)), torch.tensor([0, second])),
+    )
+    sizes = {"num_layers": bed.num_layers, "num_experts": bed.num_experts}
+    others = [Route.drawn(30, top_k=bed.top_k, **sizes) for _ in range(4)]
+    forecaster = Forecaster(hidden_dim=16, epochs=4, batch_size=16, trainer={"accelerator": "cpu"})
+    forecaster.fit(
+        TraceList(
+            traces=[trace_of(route, slice(0, 30), f"r{n}") for n, route in enumerate(others)],
+            spec=bed.spec,
+            split={f"r{n}": "fit" for n in range(4)},
+            digest="drawn",
+        )
+    )
+    row = OwnRow(bed, HostRecords(bed), "forecast", slots=3, predictor=forecaster)
+    decode(row)
+    plain = ExpertCache(make_policy("forecast"), slots=3, **sizes)
+    hits = n = 0
+    for part in (slice(0, second), slice(second, bed.warm + TOKENS)):
+        walked = forecaster.walk(trace_of(bed.route, part, "judged"))
+        assert walked.later_TLE is not None
+        for later_LE, ids_LK in zip(walked.later_TLE, bed.route.ids_NLK[part], strict=True):
+            for layer in range(bed.num_layers):
+                needed_E = torch.zeros(bed.num_experts, dtype=torch.bool)
+                needed_E[ids_LK[layer]] = True
+                step = plain.step(needed_E, layer=layer, forecast_LE=later_LE[layer])
+                hits += int(step.hit_LE.sum()) * (n >= bed.warm)
+            n += 1
+    assert row.traffic().hits == hits
+    assert row.traffic().accesses == TOKENS * bed.num_layers * bed.top_k
+
+
+def trace_of(route: Route, part: slice, name: str) -> Trace:
+    """A part of a route as a recorded request."""
+    return Trace(
+        request_id=name,
+        source="drawn",
+        topic="",
+        topk_expert_ids_TLK=route.ids_NLK[part].numpy().astype(np.uint8),
+        topk_probs_TLK=route.weights_NLK[part].numpy().astype(np.float16),
+        num_prompt_tokens=0,
+        first_routed_position=0,
+    )
 
 
 def test_two_matrix_products_are_the_expert(bed: ReplayTestbed) -> None:
