@@ -177,6 +177,15 @@ class DeviceCache:
             uses_LE[layer].add_(self._needed_LE[layer])
         return self._active[layer]
 
+    def readdress(self, layer: int) -> None:
+        """Say where a layer's experts lie, after another than `step` has changed the books."""
+        slots, slot_of_LE = self.memory[layer], self.cache.slot_of_LE
+        assert slot_of_LE is not None
+        slot_of_E = slot_of_LE[layer]
+        here_E = slots.base_address + slot_of_E * slots.slot_bytes
+        home_E = self.home_address_LE[layer]
+        torch.where(slot_of_E >= 0, here_E, home_E, out=self.address_LE[layer])
+
     def reset(self) -> None:
         """Empty the cache, forget usage and counts; in place."""
         self.cache.reset()

@@ -10,7 +10,7 @@ Shape letters: T tokens · E experts per layer · K experts per token · D hidde
 size · C slots · P elements of a record (`expert_layout`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -81,21 +81,53 @@ class CpuExecutor:
         slots: Mapping[int, int],
     ) -> Tensor:
         """As `ExpertExecutor.compute`; sums experts in ascending order, as stock models do."""
-        output_TD = torch.zeros_like(hidden_TD)
-        topk_expert_ids_KT = topk_expert_ids_TK.T
-        for expert in used_experts(topk_expert_ids_TK, self._store.num_experts):
+
+        def record_P(expert: int) -> Tensor:
             slot = slots.get(expert)
             if slot is None:
-                record_P = self._store.record_P(layer, expert)
-            else:
-                record_P = self._slots_CP[layer][slot]
-            k, t = torch.where(topk_expert_ids_KT == expert)
-            expert_output_TD = expert_forward(
-                self._experts[layer], self._store.layout, record_P, hidden_TD[t]
-            )
-            weighted_TD = expert_output_TD * topk_weights_TK[t, k, None]
-            output_TD.index_add_(0, t, weighted_TD.to(output_TD.dtype))
-        return output_TD
+                return self._store.record_P(layer, expert)
+            return self._slots_CP[layer][slot]
+
+        used = used_experts(topk_expert_ids_TK, self._store.num_experts)
+        return routed_sum(
+            self._experts[layer],
+            self._store.layout,
+            hidden_TD,
+            topk_expert_ids_TK,
+            topk_weights_TK,
+            used,
+            record_P,
+        )
+
+
+def routed_sum(
+    experts: Any,
+    layout: ExpertLayout,
+    hidden_TD: Tensor,
+    topk_expert_ids_TK: Tensor,
+    topk_weights_TK: Tensor,
+    used: Sequence[int],
+    record_P: Callable[[int], Tensor],
+) -> Tensor:
+    """A MoE layer's routed part, [T, D], expert after expert in ascending order as stock models do.
+
+    Args:
+        experts: The experts module, for its activation.
+        layout: Of the records.
+        hidden_TD: What the experts are applied to.
+        topk_expert_ids_TK: Experts of each token; ids of E and above are skipped.
+        topk_weights_TK: Their weights.
+        used: The experts in ``topk_expert_ids_TK``, ascending.
+        record_P: Where an expert lies; what it returned last must stay good until asked again.
+    """
+    output_TD = torch.zeros_like(hidden_TD)
+    topk_expert_ids_KT = topk_expert_ids_TK.T
+    for expert in used:
+        k, t = torch.where(topk_expert_ids_KT == expert)
+        expert_output_TD = expert_forward(experts, layout, record_P(expert), hidden_TD[t])
+        weighted_TD = expert_output_TD * topk_weights_TK[t, k, None]
+        output_TD.index_add_(0, t, weighted_TD.to(output_TD.dtype))
+    return output_TD
 
 
 def used_experts(topk_expert_ids_TK: Tensor, num_experts: int) -> list[int]:
@@ -143,9 +175,9 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     Without oneDNN, torch multiplies half-precision matrices fast only where the right one is the
     transpose of rows in memory, as gate and up are; for the down projection its fallback was 7 to
     110 times slower (2048 x 768, 1 to 64 tokens, AVX2) than going through float32, which
-    accumulates alike and rounds once.
+    accumulates alike and rounds once. On a GPU, cuBLAS takes any leading dimension.
     """
-    fast = right.stride(0) == 1 or right.dtype == torch.float32
+    fast = right.stride(0) == 1 or right.dtype == torch.float32 or right.is_cuda
     if fast or (right.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return left @ right
     return (left.float() @ right.float()).to(left.dtype)

@@ -131,14 +131,14 @@ def open_store(folder: Path, layers: Sequence[MoELayer]) -> HostStore:
     return opened()
 
 
-def release_experts(layer: MoELayer) -> None:
-    """Free the memory of a layer's expert parameters; `restore_experts` brings it back.
+def release_experts(layer: MoELayer, device: torch.device | str = "cpu") -> None:
+    """Free the memory of a layer's expert parameters; whoever holds the records can restore it.
 
-    The parameters stay the same objects, of the same shape and dtype, but show one NaN
-    everywhere: whoever computes with them by mistake gets NaN, not a plausible number.
+    The parameters stay the same objects, of the same shape and dtype, but show one NaN (on
+    ``device``) everywhere: whoever computes with them by mistake gets NaN, not a plausible number.
     """
     for _, parameter in expert_parameters(layer.experts):
-        nothing = torch.full((1,), torch.nan, dtype=parameter.dtype)
+        nothing = torch.full((1,), torch.nan, dtype=parameter.dtype, device=device)
         parameter.data = nothing.expand(parameter.shape)
 
 

@@ -237,7 +237,9 @@ def test_attached_experts_take_the_memory_of_their_slots_only(model: Any) -> Non
     with attach(model, slots=[4, 6, 5]) as offload:
         gc.collect()
         assert max(expert_storages()) == 4
-        assert offload._executor._slots_CP[0].untyped_storage().nbytes() == 15 * record_bytes
+        assert (
+            offload._backend._executor._slots_CP[0].untyped_storage().nbytes() == 15 * record_bytes
+        )
         assert spec_of(model) == offload.spec, "sizes can be read while attached"
     assert sum(expert_storages()) == resident
 

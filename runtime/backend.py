@@ -1,0 +1,245 @@
+"""The seam between a served model and the device that its experts live on, and its CPU side.
+
+`runtime.engine.Offload` routes every call of a MoE layer's experts to a `Backend`; which experts
+are resident, where their bytes lie and how they are computed is the backend's matter alone.
+`CpuBackend` decides with an `ExpertCache`, moves bytes and computes with an `ExpertExecutor`, and
+has a file as its slow tier; the GPU's is `runtime.gpu_experts.GpuExperts`.
+
+Knows nothing of transformers, of hooks, or of how a model is attached.
+
+Shape letters: T tokens · L MoE layers · E experts per layer · K experts per token · D hidden ·
+C slots.
+"""
+
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from data.adapters import MoELayer
+from data.schema import MoESpec
+from runtime.cache import Event, ExpertCache
+from runtime.experts import CpuExecutor, ExpertExecutor, used_experts
+from runtime.host_store import HostStore, open_store, release_experts, restore_experts
+from runtime.metrics import Counters
+from runtime.policies.base import Policy
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OffloadStats:
+    """What serving has cost since `attach`; `runtime.metrics.Counters` says what is counted.
+
+    Attributes:
+        hits: Accesses that found their expert in a slot.
+        misses: Accesses that did not: demand loads and streamed ones.
+        streamed: Misses without room, read in place.
+        evictions: Experts that gave up their slot.
+        miss_bytes: Bytes of all misses.
+        stall_s: Seconds that the host waited for demand loads (reading in place is part of
+            computing). 0 where kernels fetch what they miss, since then nobody waits for a copy.
+        is_pinned: Whether experts lie in page-locked memory, where GPU kernels read them in place;
+            False on a GPU means that page-locking was refused and every step waits for copies.
+            None where there is no GPU.
+        graph_captures: Decode steps that were captured as a graph.
+        graph_replays: Forward passes that replayed one.
+        eager_calls: Why forward passes did not, and how many each.
+    """
+
+    hits: int
+    misses: int
+    streamed: int
+    evictions: int
+    miss_bytes: int
+    stall_s: float
+    is_pinned: bool | None = None
+    graph_captures: int = 0
+    graph_replays: int = 0
+    eager_calls: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def hit_ratio(self) -> float:
+        """Hits among all accesses; 0 before the first."""
+        return self.hits / max(1, self.hits + self.misses)
+
+
+class Backend(Protocol):
+    """What a device must offer so that a model's experts can be served on it.
+
+    Building one takes the experts out of the model: their parameters show NaN until `restore`.
+    `forward` serves one layer, `expect` tells what is thought to come, `stats` what it cost.
+
+    Attributes:
+        events: The cache's log, where one is kept.
+    """
+
+    @property
+    def events(self) -> list[Event]:
+        """The log of state changes; empty unless it was asked for."""
+        ...
+
+    def forward(
+        self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> Tensor:
+        """Serve one event: the weighted sum of each token's experts, [T, D], dtype of the hidden.
+
+        Args:
+            layer: The MoE layer.
+            hidden_TD: What the experts are applied to.
+            topk_expert_ids_TK: Experts of each token; ids of E and above are skipped.
+            topk_weights_TK: Their weights.
+        """
+        ...
+
+    def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
+        """Say what later use to expect: float32 [L, E], or [E] of one layer."""
+        ...
+
+    def stats(self) -> OffloadStats:
+        """The counters as they are now; readable after `restore`, too."""
+        ...
+
+    def restore(self) -> None:
+        """Put the experts back into the model, bit for bit, and free everything else."""
+        ...
+
+
+class CpuBackend:
+    """Experts in memory and in a memory-mapped file, computed by plain torch.
+
+    Args:
+        layers: All MoE layers of the model.
+        spec: The model's MoE.
+        slots: C of each layer.
+        policy: What to keep.
+        store: The slow tier.
+        record_events: Keep the cache's log.
+        folder: What to remove when the experts are back, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[MoELayer],
+        spec: MoESpec,
+        slots: Sequence[int],
+        policy: Policy,
+        store: HostStore,
+        record_events: bool = False,
+        folder: tempfile.TemporaryDirectory[str] | None = None,
+    ) -> None:
+        self._layers = layers
+        self._spec = spec
+        self._store = store
+        self._folder = folder
+        self._cache = ExpertCache(
+            policy,
+            num_layers=spec.num_layers,
+            num_experts=spec.num_experts,
+            slots=torch.tensor(slots),
+            record_events=record_events,
+        )
+        self._executor: ExpertExecutor | None = CpuExecutor(
+            store=store, experts=[moe.experts for moe in layers], num_slots=slots
+        )
+        self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
+        self._counters = Counters(spec.num_layers)
+        self._stall_s = 0.0
+        for moe in layers:
+            release_experts(moe)
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        layers: Sequence[MoELayer],
+        spec: MoESpec,
+        slots: Sequence[int],
+        policy: Policy,
+        store_dir: Path | str | None,
+        record_events: bool,
+    ) -> Self:
+        """Write the store (or find it) and take the experts out of the model.
+
+        Until the store is complete the model is untouched; a failure leaves no temporary folder.
+        """
+        folder = None if store_dir else tempfile.TemporaryDirectory(prefix="moecast-")
+        try:
+            store = open_store(Path(folder.name if folder else store_dir or ""), layers)
+            return cls(
+                layers=layers,
+                spec=spec,
+                slots=slots,
+                policy=policy,
+                store=store,
+                record_events=record_events,
+                folder=folder,
+            )
+        except BaseException:
+            if folder is not None:
+                folder.cleanup()
+            raise
+
+    @property
+    def events(self) -> list[Event]:
+        """The cache's log; empty unless built with ``record_events=True``."""
+        return self._cache.events
+
+    def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
+        """As `Backend.expect`."""
+        self._later_use_LE[slice(None) if layer is None else layer] = later_LE
+
+    def forward(
+        self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> Tensor:
+        """As `Backend.forward`."""
+        assert self._executor is not None
+        slots = self._make_ready(layer, used_experts(topk_expert_ids_TK, self._spec.num_experts))
+        return self._executor.compute(layer, hidden_TD, topk_expert_ids_TK, topk_weights_TK, slots)
+
+    def stats(self) -> OffloadStats:
+        """As `Backend.stats`."""
+        counters = self._counters
+        expert_bytes_L = torch.tensor(self._spec.expert_bytes_per_layer)
+        return OffloadStats(
+            hits=int(counters.hits_L.sum()),
+            misses=int(counters.misses_L.sum()),
+            streamed=int(counters.streamed_L.sum()),
+            evictions=int(counters.evictions_L.sum()),
+            miss_bytes=int((counters.misses_L * expert_bytes_L).sum()),
+            stall_s=self._stall_s,
+        )
+
+    def restore(self) -> None:
+        """As `Backend.restore`; a temporary store is removed."""
+        self._executor = None  # its slots' memory goes before the weights come back
+        for moe in self._layers:
+            restore_experts(moe, self._store)
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _make_ready(self, layer: int, used: list[int]) -> dict[int, int]:
+        """One event: decide, load what gets a slot, and say where each resident expert is."""
+        if not used:
+            return {}
+        assert self._executor is not None
+        needed_E = torch.zeros(self._spec.num_experts, dtype=torch.bool)
+        needed_E[used] = True
+        step = self._cache.step(
+            needed_E,
+            layer=layer,
+            forecast_LE=self._later_use_LE[layer],
+            max_needed=len(used),
+        )
+        assert step.slot_of_LE is not None
+        slot_of_E: list[int] = step.slot_of_LE.tolist()
+        started_s = time.perf_counter()
+        for expert in step.insert_LE.nonzero().flatten().tolist():
+            self._executor.load(layer, expert, slot_of_E[expert])
+        self._stall_s += time.perf_counter() - started_s
+        self._counters.add(step, layer)
+        return {expert: slot_of_E[expert] for expert in used if slot_of_E[expert] >= 0}

@@ -1,0 +1,257 @@
+"""A model's experts on a GPU: slots in its memory, everything else in page-locked host memory.
+
+A few tokens (decode) are one cache step and one expert step a layer (`runtime.device_cache`,
+`runtime.kernels`), neither of which waits for the host, so that `runtime.decode_graph` captures
+them. Many tokens (prompts) stream what is missing through staging buffers (`runtime.prefill`). Both
+work on the same slots and the same books.
+
+Where host memory could not be page-locked, kernels cannot read it: then decode goes the way of
+prompts, and is not captured.
+
+Shape letters: T tokens · L MoE layers · E experts per layer · K experts per token · D hidden ·
+C slots · P elements of a record · S staging buffers.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from data.adapters import MoELayer, expert_parameters
+from data.schema import MoESpec
+from runtime.backend import OffloadStats
+from runtime.cache import Event
+from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
+from runtime.expert_layout import ExpertLayout
+from runtime.kernels.activation import Activation
+from runtime.kernels.experts import MAX_TOKENS, expert_step, workspace_elements
+from runtime.pinned_store import PinnedStore
+from runtime.policies.base import Policy
+from runtime.prefill import PrefillExecutor
+
+logger = logging.getLogger(__name__)
+
+STAGING_BUFFERS = 4  # two would do; more even out experts with few and with many tokens
+
+
+class GpuExperts:
+    """`runtime.backend.Backend` for a CUDA device; on CPU tensors it runs interpreted, for tests.
+
+    Args:
+        layers: All MoE layers of the model.
+        spec: The model's MoE.
+        slots: C of each layer.
+        policy: What to keep.
+        store: The experts.
+
+    Attributes:
+        cache: The books, on the device.
+        max_graph_tokens: The most tokens of a step that can be captured; None if none can.
+
+    Raises:
+        ValueError: The kernels cannot compute these experts.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[MoELayer],
+        spec: MoESpec,
+        slots: Sequence[int],
+        policy: Policy,
+        store: PinnedStore,
+    ) -> None:
+        self._layers, self._spec, self._store = layers, spec, store
+        self._activation = check_experts(layers)
+        layout, device = store.layout, store.device
+        self._slots_LCP = [
+            torch.empty(count, layout.record_elements, dtype=layout.dtype, device=device)
+            for count in slots
+        ]
+        self.cache = DeviceCache(
+            policy,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            num_neurons=layout.expert_intermediate_size,
+            memory=[
+                SlotMemory(
+                    base_address=slots_CP.data_ptr(),
+                    slot_bytes=layout.record_bytes,
+                    num_slots=len(slots_CP),
+                    slot_neurons=layout.expert_intermediate_size,
+                )
+                for slots_CP in self._slots_LCP
+            ],
+            home_address_LE=store.address_LE,
+            max_tokens=MAX_TOKENS,
+            device=device,
+        )
+        self._prefill = PrefillExecutor(
+            home=store,
+            layout=layout,
+            experts=[moe.experts for moe in layers],
+            slots_LCP=self._slots_LCP,
+            cache=self.cache.cache,
+            staging_SP=torch.empty(
+                STAGING_BUFFERS, layout.record_elements, dtype=layout.dtype, device=device
+            ),
+            present_LE=self.cache.present_LE,
+        )
+        self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts, device=device)
+        self._workspaces: dict[int, Tensor] = {}
+        self.max_graph_tokens = MAX_TOKENS if store.is_pinned else None
+        self._model: nn.Module | None = None
+        self._home = device
+        self._last_stats: OffloadStats | None = None
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        model: nn.Module,
+        layers: Sequence[MoELayer],
+        spec: MoESpec,
+        slots: Sequence[int],
+        policy: Policy,
+        device: torch.device,
+    ) -> Self:
+        """Take the experts out of ``model`` and move the rest of it to ``device``.
+
+        What fails half-way is undone.
+
+        Raises:
+            ValueError: The kernels cannot compute these experts; nothing has changed.
+        """
+        check_experts(layers)
+        home = next(expert_parameters(layers[0].experts))[1].device
+        store = PinnedStore.take(layers, device)
+        try:
+            model.to(device)
+            backend = cls(layers=layers, spec=spec, slots=slots, policy=policy, store=store)
+        except BaseException:
+            for moe in layers:
+                store.give_back(moe, home)
+            model.to(home)
+            store.close()
+            raise
+        backend._model, backend._home = model, home
+        return backend
+
+    @property
+    def events(self) -> list[Event]:
+        """None are kept: reading them would make every step wait."""
+        return []
+
+    def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
+        """As `Backend.expect`; of one layer between its router and its experts."""
+        if layer is None:
+            self._later_use_LE.copy_(later_LE)
+            return
+        self._later_use_LE[layer].copy_(later_LE)
+        self.cache.rescore(layer, self._later_use_LE[layer])
+
+    def forward(
+        self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> Tensor:
+        """As `Backend.forward`; without a wait for the host where T is at most `MAX_TOKENS`."""
+        num_tokens = len(hidden_TD)
+        reads_forecasts = self.cache.policy.foresight != "none"
+        if not num_tokens or num_tokens > MAX_TOKENS or not self._store.is_pinned:
+            output_TD = self._prefill.forward(
+                layer,
+                hidden_TD,
+                topk_expert_ids_TK,
+                topk_weights_TK,
+                self._later_use_LE[layer] if reads_forecasts else None,
+            )
+            self.cache.readdress(layer)
+            return output_TD
+        if layer == 0:
+            self.cache.advance(self._later_use_LE if reads_forecasts else None)
+        ids_TK = topk_expert_ids_TK.long().contiguous()
+        active = self.cache.step(layer, ids_TK)
+        output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
+        expert_step(
+            hidden_TD=hidden_TD.contiguous(),
+            topk_expert_ids_TK=ids_TK,
+            topk_weights_TK=topk_weights_TK.contiguous(),
+            active=active,
+            home_address_E=self.cache.home_address_LE[layer],
+            address_E=self.cache.address_LE[layer],
+            slot_neurons=self.cache.memory[layer].slot_neurons,
+            layout=self._store.layout,
+            activation=self._activation,
+            workspace=self._workspace(num_tokens),
+            output_TD=output_TD,
+        )
+        return output_TD
+
+    def stats(self) -> OffloadStats:
+        """As `Backend.stats`; waits for the device."""
+        if self._last_stats is not None:
+            return self._last_stats
+        decode = dict(zip(COUNTERS, self.cache.counters_LX.sum(0).tolist(), strict=True))
+        prompts, layout = self._prefill.counters, self._store.layout
+        neuron_bytes = layout.record_bytes / layout.expert_intermediate_size
+        prompt_misses = int(prompts.misses_L.sum())
+        return OffloadStats(
+            hits=decode["hits"] + int(prompts.hits_L.sum()),
+            misses=decode["misses"] + prompt_misses,
+            streamed=decode["streamed"] + int(prompts.streamed_L.sum()),
+            evictions=decode["evictions"] + int(prompts.evictions_L.sum()),
+            miss_bytes=round(decode["missed_neurons"] * neuron_bytes)
+            + prompt_misses * layout.record_bytes,
+            stall_s=0.0,
+            is_pinned=self._store.is_pinned,
+        )
+
+    def restore(self) -> None:
+        """As `Backend.restore`; the model goes back to the device where it was."""
+        try:
+            self._last_stats = self.stats()
+        except RuntimeError as error:  # a device that has failed counts no more
+            logger.warning("The counters are lost with the device: %s", error)
+            self._last_stats = OffloadStats(
+                hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0
+            )
+        self._slots_LCP.clear()
+        self._workspaces.clear()
+        del self._prefill, self.cache
+        try:
+            for moe in self._layers:
+                self._store.give_back(moe, self._home)
+            if self._model is not None:
+                self._model.to(self._home)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"the device has failed ({error}): what of the model lay on it is lost, load it "
+                "again"
+            ) from error
+        self._store.close()
+
+    def _workspace(self, num_tokens: int) -> Tensor:
+        """For so many tokens; made at the first step of its size, before that is captured."""
+        if num_tokens not in self._workspaces:
+            elements = workspace_elements(
+                num_tokens=num_tokens, top_k=self._spec.top_k, layout=self._store.layout
+            )
+            self._workspaces[num_tokens] = torch.empty(elements, device=self._store.device)
+        return self._workspaces[num_tokens]
+
+
+def check_experts(layers: Sequence[MoELayer]) -> Activation:
+    """The activation of all experts.
+
+    Raises:
+        ValueError: The kernels cannot compute these experts, or not in this dtype.
+    """
+    experts: Any = layers[0].experts
+    ExpertLayout.of(experts)
+    if getattr(experts, "has_post_expert_norm", False):
+        raise ValueError(
+            f"{type(experts).__name__} normalises what each expert says: its experts cannot be "
+            "computed by the kernels"
+        )
+    return Activation.of(experts)

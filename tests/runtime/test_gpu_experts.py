@@ -1,0 +1,204 @@
+"""The GPU's way of serving experts, interpreted: the same tokens, the same books, the same bits.
+
+On a machine with a GPU the same tests run there.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.adapters import moe_layers, spec_of
+from data.schema import MoESpec
+from runtime.engine import Offload, attach
+from runtime.gpu_experts import GpuExperts
+from runtime.gpu_memory import plan_memory
+from runtime.pinned_store import PinnedStore
+from runtime.policies import make_policy
+from tests.devices import KERNEL_DEVICE
+from tests.families import FAMILIES, tiny_model
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+LONG = [(7 * n) % 31 for n in range(40)]  # more tokens than the decode kernels take at once
+SLOTS = 5
+DEVICE = torch.device(KERNEL_DEVICE)
+
+
+def attach_kernels(
+    model: Any, *, slots: int = SLOTS, policy: str = "lru", graph: bool = False
+) -> Offload:
+    """`attach` on the device that kernels run on, which may be the CPU here."""
+    layers, spec = moe_layers(model), spec_of(model)
+    backend = GpuExperts.build(
+        model=model,
+        layers=layers,
+        spec=spec,
+        slots=(slots,) * spec.num_layers,
+        policy=make_policy(policy),
+        device=DEVICE,
+    )
+    offload = Offload(layers=layers, spec=spec, slots=(slots,) * spec.num_layers, backend=backend)
+    offload._install()
+    if graph:
+        offload._capture_decoding(model, max_batch=4)
+    return offload
+
+
+def ids_of(model: Any, tokens: list[int]) -> Tensor:
+    return torch.tensor([tokens], device=model.device)
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[int]) -> Tensor:
+    return model(ids_of(model, tokens)).logits.cpu()
+
+
+def generated(model: Any, num_new: int = 6) -> list[int]:
+    ids_BT = ids_of(model, PROMPT)
+    said = model.generate(
+        ids_BT, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, pad_token_id=0
+    )
+    return said[0].tolist()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_says_what_it_says_with_stock_experts(family: str) -> None:
+    model = tiny_model(family)
+    stock = {len(tokens): logits(model, tokens) for tokens in (PROMPT, LONG)}
+    with attach_kernels(model) as offload:
+        for tokens in (PROMPT, LONG, PROMPT):
+            torch.testing.assert_close(
+                logits(model, tokens), stock[len(tokens)], rtol=1e-3, atol=1e-4
+            )
+        assert offload.stats().misses > 0
+        assert offload.stats().hits > 0
+    assert torch.equal(logits(model, PROMPT), stock[len(PROMPT)]), "detached, bit for bit"
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfru", "lcp", "lfu"])
+def test_what_is_hit_does_not_depend_on_the_device(policy: str) -> None:
+    """Short and long forward passes in turn: kernels and prefill keep the same books."""
+    model = tiny_model("qwen3_moe")
+    counted = []
+    for attached in (
+        lambda: attach(model, policy=policy, slots=SLOTS),
+        lambda: attach_kernels(model, policy=policy),
+    ):
+        with attached() as offload:
+            for tokens in (LONG, PROMPT[:1], PROMPT[1:2], PROMPT, LONG, PROMPT[2:3], PROMPT[:1]):
+                logits(model, tokens)
+            stats = offload.stats()
+            counted.append((stats.hits, stats.misses, stats.streamed, stats.evictions))
+            if isinstance(offload._backend, GpuExperts):
+                offload._backend.cache.check_integrity()
+    assert counted[0] == counted[1]
+    assert min(counted[0]) > 0
+
+
+def test_residency_changes_no_bit() -> None:
+    model = tiny_model("gpt_oss")
+    spec = spec_of(model)
+    said = []
+    for slots in (spec.top_k, SLOTS, spec.num_experts):
+        with attach_kernels(model, slots=slots):
+            said.append([logits(model, tokens) for tokens in (PROMPT, LONG, PROMPT[:1], LONG)])
+    for other in said[1:]:
+        for left, right in zip(said[0], other, strict=True):
+            assert torch.equal(left, right)
+
+
+def test_generating_replays_recorded_steps() -> None:
+    model = tiny_model("qwen3_moe")
+    stock = generated(model)
+    before = (model.forward, model.generation_config.cache_implementation)
+    with attach_kernels(model, graph=True) as offload:
+        assert generated(model) == stock
+        assert generated(model) == stock, "a second request, in the memory of the first"
+        stats = offload.stats()
+        assert stats.graph_replays >= 7
+        assert stats.eager_calls["several tokens a row"] == 2
+    assert (model.forward, model.generation_config.cache_implementation) == before
+
+
+def test_where_memory_cannot_be_locked_experts_are_copied_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("qwen3_moe")
+    stock = logits(model, PROMPT)
+    take = PinnedStore.take
+
+    def refused(layers: Any, device: torch.device) -> PinnedStore:
+        store = take(layers, device)
+        store.is_pinned = False
+        return store
+
+    monkeypatch.setattr(PinnedStore, "take", refused)
+    with attach_kernels(model) as offload:
+        torch.testing.assert_close(logits(model, PROMPT), stock, rtol=1e-3, atol=1e-4)
+        assert offload.stats().is_pinned is False
+        assert offload._backend.max_graph_tokens is None  # type: ignore[attr-defined]
+
+
+def test_experts_that_kernels_cannot_compute_are_refused_untouched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("qwen3_moe")
+    stock = logits(model, PROMPT)
+    experts = moe_layers(model)[0].experts
+    monkeypatch.setattr(type(experts), "_apply_gate", lambda self, x: x[..., ::2] ** 3)
+    with pytest.raises(ValueError, match="none of silu"):
+        attach_kernels(model)
+    monkeypatch.undo()
+    assert torch.equal(logits(model, PROMPT), stock)
+
+
+def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("qwen3_moe")
+    stock = logits(model, PROMPT)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room for slots")
+
+    monkeypatch.setattr("runtime.gpu_experts.DeviceCache", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        attach_kernels(model)
+    monkeypatch.undo()
+    assert torch.equal(logits(model, PROMPT), stock)
+
+
+class TestMemoryPlan:
+    """A budget is of everything on the device."""
+
+    @pytest.fixture
+    def parts(self) -> tuple[Any, Any, MoESpec]:
+        model = tiny_model("qwen3_moe")
+        return model, moe_layers(model), spec_of(model)
+
+    def test_the_sum_stays_within_the_budget(self, parts: tuple[Any, Any, MoESpec]) -> None:
+        model, layers, spec = parts
+        roomy = plan_memory(model, layers, spec, 1 << 40, context_tokens=64)
+        assert roomy.slots == spec.num_experts
+        budget = roomy.fixed_bytes + 4 * roomy.slot_bytes + 1
+        tight = plan_memory(model, layers, spec, budget, context_tokens=64)
+        assert tight.slots == 4
+        assert tight.total_bytes <= budget
+
+    def test_an_impossible_budget_is_refused_with_the_smallest_possible(
+        self, parts: tuple[Any, Any, MoESpec]
+    ) -> None:
+        model, layers, spec = parts
+        roomy = plan_memory(model, layers, spec, 1 << 40)
+        least = roomy.fixed_bytes + spec.top_k * roomy.slot_bytes
+        with pytest.raises(ValueError, match=f"at least {least} bytes"):
+            plan_memory(model, layers, spec, least - 1)
+        assert plan_memory(model, layers, spec, least).slots == spec.top_k
+
+    def test_a_longer_context_leaves_fewer_slots(self, parts: tuple[Any, Any, MoESpec]) -> None:
+        model, layers, spec = parts
+        roomy = plan_memory(model, layers, spec, 1 << 40, context_tokens=64)
+        budget = roomy.fixed_bytes + 7 * roomy.slot_bytes
+        assert plan_memory(model, layers, spec, budget, context_tokens=64).slots == 7
+        per_token = (roomy.kv_bytes // 64) or 1
+        longer = 64 + 3 * roomy.slot_bytes // per_token
+        assert plan_memory(model, layers, spec, budget, context_tokens=longer).slots == 4
