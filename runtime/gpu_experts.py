@@ -26,7 +26,7 @@ from runtime.cache import Event
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
-from runtime.kernels.experts import MAX_TOKENS, expert_step, workspace_elements
+from runtime.kernels.experts import MAX_TOKENS, expert_step, most_workspace_elements
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
 from runtime.prefill import PrefillExecutor
@@ -100,7 +100,8 @@ class GpuExperts:
             present_LE=self.cache.present_LE,
         )
         self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts, device=device)
-        self._workspaces: dict[int, Tensor] = {}
+        elements = most_workspace_elements(top_k=spec.top_k, layout=layout)
+        self._workspace = torch.empty(elements, device=device)
         self.max_graph_tokens = MAX_TOKENS if store.is_pinned else None
         self._model: nn.Module | None = None
         self._home = device
@@ -183,7 +184,7 @@ class GpuExperts:
             slot_neurons=self.cache.memory[layer].slot_neurons,
             layout=self._store.layout,
             activation=self._activation,
-            workspace=self._workspace(num_tokens),
+            workspace=self._workspace,
             output_TD=output_TD,
         )
         return output_TD
@@ -217,8 +218,7 @@ class GpuExperts:
                 hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0
             )
         self._slots_LCP.clear()
-        self._workspaces.clear()
-        del self._prefill, self.cache
+        del self._prefill, self.cache, self._workspace
         try:
             for moe in self._layers:
                 self._store.give_back(moe, self._home)
@@ -230,15 +230,6 @@ class GpuExperts:
                 "again"
             ) from error
         self._store.close()
-
-    def _workspace(self, num_tokens: int) -> Tensor:
-        """For so many tokens; made at the first step of its size, before that is captured."""
-        if num_tokens not in self._workspaces:
-            elements = workspace_elements(
-                num_tokens=num_tokens, top_k=self._spec.top_k, layout=self._store.layout
-            )
-            self._workspaces[num_tokens] = torch.empty(elements, device=self._store.device)
-        return self._workspaces[num_tokens]
 
 
 def check_experts(layers: Sequence[MoELayer]) -> Activation:

@@ -14,7 +14,7 @@ from torch import nn
 from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
 from runtime.expert_layout import ExpertLayout
-from runtime.kernels.experts import MAX_TOKENS, workspace_elements
+from runtime.kernels.experts import MAX_TOKENS, most_workspace_elements
 
 CONTEXT_TOKENS = 4096
 CHUNK_TOKENS = 1024
@@ -103,11 +103,7 @@ def plan_memory(
         * context_tokens
         * batch_size,
         activation_bytes=chunk_tokens * row_bytes + 2 * 4 * MAX_TOKENS * config.vocab_size,
-        workspace_bytes=4
-        * sum(
-            workspace_elements(num_tokens=n, top_k=spec.top_k, layout=layout)
-            for n in {1, min(batch_size, MAX_TOKENS)}
-        ),
+        workspace_bytes=4 * most_workspace_elements(top_k=spec.top_k, layout=layout),
         staging_bytes=staging_buffers * layout.record_bytes,
         slot_bytes=spec.num_layers * layout.record_bytes,
         slots=0,

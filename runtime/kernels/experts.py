@@ -63,6 +63,12 @@ def workspace_elements(
     return num_tokens * top_k * chunks * layout.hidden_size
 
 
+def most_workspace_elements(*, top_k: int, layout: ExpertLayout) -> int:
+    """Enough for every number of tokens up to `MAX_TOKENS`, with the default tiles."""
+    numbers = (1, MAX_TOKENS)  # the tiles for several tokens are the same for all numbers
+    return max(workspace_elements(num_tokens=n, top_k=top_k, layout=layout) for n in numbers)
+
+
 @triton.jit
 def _activate(gate, up, KIND: tl.constexpr, HAS_GATE: tl.constexpr, ALPHA, LIMIT):
     x = gate if HAS_GATE else up
