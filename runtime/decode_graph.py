@@ -6,8 +6,9 @@ workspaces), captured the second time, and replayed from then on; there is one g
 combination of shapes, plain arguments and KV cache. Every other call goes to the model's own
 forward, counted by reason in `OffloadStats.eager_calls` and logged once for each.
 
-``model.generate`` gets static caches (`runtime.static_kv`) and is told not to compile, so that it
-and its streamers use the graph by themselves. `DecodeGraph.remove` undoes everything.
+``model.generate`` gets static caches (`runtime.static_kv`) unless it is told otherwise, and does
+not compile, so that it and its streamers use the graph by themselves. `DecodeGraph.remove` undoes
+everything.
 
 Knows nothing of experts. What captures is a `Recorder`, so that all but the capture itself runs on
 a CPU.
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
+from transformers.generation.configuration_utils import GenerationMode
 
 from runtime.backend import OffloadStats
 from runtime.static_kv import KVPool, addresses, positions, set_positions, why_not_capturable
@@ -33,14 +35,20 @@ from runtime.static_kv import KVPool, addresses, positions, set_positions, why_n
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 16
-_INPUTS = ("input_ids", "position_ids", "attention_mask")
+
+
+_StepFn = Callable[[Cache], Any]
 
 
 class Recorder(Protocol):
     """Turns a step into something that can be repeated with what its static inputs then hold."""
 
-    def record(self, step: Callable[[], Any]) -> Callable[[], Any]:
-        """Prepare ``step``; nothing has been computed before the result is called."""
+    def record(self, step: _StepFn, cache: Cache) -> _StepFn:
+        """Prepare ``step`` over ``cache``; nothing has been computed before the result is called.
+
+        The result must not keep ``cache`` alive (nor may what it returns hold it): its memory is
+        used again only once nobody has it. It is called with whatever cache lies in that memory.
+        """
         ...
 
 
@@ -50,15 +58,15 @@ class CudaRecorder:
     def __init__(self) -> None:
         self._pool: Any = None
 
-    def record(self, step: Callable[[], Any]) -> Callable[[], Any]:
+    def record(self, step: _StepFn, cache: Cache) -> _StepFn:
         """As `Recorder.record`; the outputs are at the same addresses after every replay."""
         graph = torch.cuda.CUDAGraph()
         # Other threads (a server's, a tokenizer's) may use the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            output = step()
+            output = without_cache(step(cache))
         self._pool = graph.pool()
 
-        def replay() -> Any:
+        def replay(cache: Cache) -> Any:
             graph.replay()
             return output
 
@@ -68,9 +76,22 @@ class CudaRecorder:
 class PlainRecorder:
     """Repeats a step by calling it again: what a CPU can do, and what tests compare with."""
 
-    def record(self, step: Callable[[], Any]) -> Callable[[], Any]:
+    def record(self, step: _StepFn, cache: Cache) -> _StepFn:
         """As `Recorder.record`."""
-        return step
+        return lambda cache: without_cache(step(cache))
+
+
+class _CacheHere:
+    """Stands in a step's output for the KV cache that the step was over."""
+
+
+def without_cache(output: Any) -> Any:
+    """A step's output, to be kept: it does not hold the cache."""
+    return pytree.tree_map(
+        lambda leaf: _CacheHere if isinstance(leaf, Cache) else leaf,
+        output,
+        is_leaf=lambda leaf: isinstance(leaf, Cache),
+    )
 
 
 def recorder_for(model: nn.Module) -> Recorder:
@@ -88,7 +109,7 @@ class _Step:
                 lambda leaf: torch.empty_like(leaf) if isinstance(leaf, Tensor) else leaf, inputs
             )
         self.has_run = False
-        self.replay: Callable[[], Any] | None = None
+        self.replay: _StepFn | None = None
 
     def copy_in(self, inputs: Mapping[str, Any]) -> None:
         ours, theirs = pytree.tree_leaves(self.inputs), pytree.tree_leaves(inputs)
@@ -116,38 +137,19 @@ class DecodeGraph:
         self._captures = self._replays = 0
         self._eager_calls: Counter[str] = Counter()
         self._kv = KVPool()
-        config = model.generation_config
-        self._before = {
-            "forward": vars(model).get("forward"),
-            "_prepare_static_cache": vars(model).get("_prepare_static_cache"),
-            "_previous_max_cache_length": vars(model).get("_previous_max_cache_length"),
+        replaced = {
+            "forward": self._forward,
+            "_prepare_cache_for_generation": self._prepare_cache,
+            "_prepare_static_cache": self._prepare_static_cache,
         }
-        self._config_before = (config.cache_implementation, config.disable_compile)
-        stock_cache = model._prepare_static_cache
-
-        # Both keep the signatures of what they stand for: transformers reads them.
-        @functools.wraps(self._eager)
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            return self._forward(args, kwargs)
-
-        @functools.wraps(stock_cache)
-        def prepare_static_cache(
-            cache_implementation: str,
-            batch_size: int,
-            max_cache_len: int,
-            *args: Any,
-            **kwargs: Any,
-        ) -> Any:
-            if cache_implementation != "static" or model.config.is_encoder_decoder:
-                return stock_cache(cache_implementation, batch_size, max_cache_len, *args, **kwargs)
-            text_config = model.config.get_text_config(decoder=True)
-            return self._kv.take(text_config, batch_size=batch_size, max_cache_len=max_cache_len)
-
-        model.forward = forward
-        model._prepare_static_cache = prepare_static_cache
-        if config.cache_implementation is None:
-            config.cache_implementation = "static"
-        config.disable_compile = True
+        names = (*replaced, "_previous_max_cache_length")
+        self._before = {name: vars(model)[name] for name in names if name in vars(model)}
+        self._stock = {name: getattr(model, name) for name in replaced}
+        for name, ours in replaced.items():
+            # With the signature of what it stands for: transformers reads it.
+            setattr(
+                model, name, functools.update_wrapper(functools.partial(ours), self._stock[name])
+            )
 
     def add_to(self, stats: OffloadStats) -> OffloadStats:
         """The same figures, with those of the graphs."""
@@ -159,17 +161,53 @@ class DecodeGraph:
         )
 
     def remove(self) -> None:
-        """Give the model its own forward back, and free graphs and KV cache."""
-        for name, value in self._before.items():
+        """Give the model its own methods back, and free graphs and KV cache."""
+        for name in (*self._stock, "_previous_max_cache_length"):
             vars(self._model).pop(name, None)
-            if value is not None:
-                setattr(self._model, name, value)
-        config = self._model.generation_config
-        config.cache_implementation, config.disable_compile = self._config_before
+        for name, value in self._before.items():
+            setattr(self._model, name, value)
         self._steps.clear()
         self._kv.clear()
 
-    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _prepare_cache(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Where ``generate`` was not told which KV cache to use, choose the static one.
+
+        ``generation_config`` is the call's own copy. Set on the model's, the choice would make
+        ``generate`` refuse a cache that its caller brings. Beam and assisted search, and flash
+        attention (which needs the mask that was dropped by now), cannot use static caches or gain
+        nothing by them.
+        """
+        generation_config.disable_compile = True
+        if (
+            generation_config.cache_implementation is None
+            and model_kwargs.get("past_key_values") is None
+            and generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            and "flash" not in str(self._model.config._attn_implementation)
+        ):
+            generation_config.cache_implementation = "static"
+        prepare = self._stock["_prepare_cache_for_generation"]
+        return prepare(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kw: Any
+    ) -> Any:
+        """A cache from the pool, for the kind that steps are captured over."""
+        if cache_implementation != "static" or self._model.config.is_encoder_decoder:
+            stock = self._stock["_prepare_static_cache"]
+            return stock(cache_implementation, batch_size, max_cache_len, *args, **kw)
+        text_config = self._model.config.get_text_config(decoder=True)
+        if not self._kv.fits(text_config, batch_size=batch_size, max_cache_len=max_cache_len):
+            self._steps.clear()  # their cache's memory goes, and theirs with it
+        return self._kv.take(text_config, batch_size=batch_size, max_cache_len=max_cache_len)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
         reason = self._why_eager(args, kwargs)
         if reason is None:
             cache = kwargs["past_key_values"]
@@ -198,7 +236,7 @@ class DecodeGraph:
         step.copy_in(inputs)
         counts = positions(cache)
         if not step.has_run:
-            output = self._eager(**step.inputs, past_key_values=cache)
+            output = without_cache(self._eager(**step.inputs, past_key_values=cache))
             step.has_run = True
             self._eager_calls["first of its kind"] += 1
         else:
@@ -211,15 +249,17 @@ class DecodeGraph:
                     self._steps.pop(key)
                     self._failed[key] = "a step that cannot be captured"
                     logger.warning("A decode step could not be captured: %s", error)
-                    return self._forward((), {**inputs, "past_key_values": cache})
-            output = step.replay()
+                    return self._forward(**inputs, past_key_values=cache)
+            output = step.replay(cache)
             self._replays += 1
         set_positions(cache, counts, advance=1)  # the host's own counting is not in the graph
         return _copy_out(output, cache)
 
-    def _record(self, step: _Step, cache: Cache) -> Callable[[], Any]:
+    def _record(self, step: _Step, cache: Cache) -> _StepFn:
         inputs = step.inputs
-        replay = self._recorder.record(lambda: self._eager(**inputs, past_key_values=cache))
+        replay = self._recorder.record(
+            lambda cache: self._eager(**inputs, past_key_values=cache), cache
+        )
         self._captures += 1
         logger.info("Captured a decode step of %d rows", len(inputs["input_ids"]))
         return replay
@@ -261,6 +301,6 @@ def _copy_out(output: Any, cache: Cache) -> Any:
     def own(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.clone()
-        return cache if isinstance(leaf, Cache) else leaf
+        return cache if leaf is _CacheHere else leaf
 
-    return pytree.tree_map(own, output, is_leaf=lambda leaf: isinstance(leaf, Cache))
+    return pytree.tree_map(own, output)

@@ -227,7 +227,7 @@ def attach(
     """
     layers = moe_layers(model)
     spec = spec_of(model)
-    target = _check_model(layers, device)
+    target = _check_model(model, layers, device)
     policy = make_policy(policy) if isinstance(policy, str) else policy
     _check_foresight(policy, predictor)
     if predictor is not None:
@@ -265,7 +265,8 @@ def attach(
     if predictor is not None and policy.foresight == "forecast":
         offload._observe(model, layers, predictor)
     offload._install()
-    if isinstance(max_batch := getattr(backend, "max_graph_tokens", None), int):
+    max_batch = getattr(backend, "max_graph_tokens", None)
+    if isinstance(max_batch, int) and getattr(model, "generation_config", None) is not None:
         offload._capture_decoding(model, max_batch=max_batch)
     logger.info(
         "Attached %s on %s: %s slots per layer, policy %s",
@@ -277,9 +278,11 @@ def attach(
     return offload
 
 
-def _check_model(layers: Sequence[MoELayer], device: torch.device | str | None) -> torch.device:
+def _check_model(
+    model: nn.Module, layers: Sequence[MoELayer], device: torch.device | str | None
+) -> torch.device:
     """Where to serve; ValueError if the model is attached already or lies where it cannot be."""
-    homes: set[torch.device] = set()
+    homes = {parameter.device for parameter in model.parameters()}
     for moe in layers:
         config: Any = moe.experts.config
         if str(config._experts_implementation).startswith(_NAME_PREFIX):
@@ -292,11 +295,12 @@ def _check_model(layers: Sequence[MoELayer], device: torch.device | str | None) 
                     f"{name} of layer {moe.layer} is on {parameter.device}: experts are served "
                     "from the CPU or a CUDA device; load the model on one of them"
                 )
-            homes.add(parameter.device)
     if len(homes) > 1:
-        raise ValueError(f"the experts are on {sorted(map(str, homes))}: load them on one device")
+        raise ValueError(f"the model is on {sorted(map(str, homes))}: load it on one device")
     home = homes.pop()
     target = home if device is None else torch.device(device)
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device}: there is no CUDA device that torch can use")
     if target.type == "cuda" and target.index is None:
         target = torch.device("cuda", torch.cuda.current_device())
     if target.type not in ("cpu", "cuda") or (home.type == "cuda" and target != home):

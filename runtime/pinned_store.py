@@ -12,6 +12,7 @@ Shape letters: L MoE layers · E experts per layer · P elements of a record (`e
 """
 
 import logging
+import mmap
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -83,11 +84,9 @@ class PinnedStore:
 
     def add_layer(self) -> Tensor:
         """Memory for one more layer: zeros [E, P], page-locked if the system allows it."""
-        records_EP = torch.zeros(
-            self.num_experts, self.layout.record_elements, dtype=self.layout.dtype
-        )
+        records_EP, pages_bytes = self._whole_pages()
         if self.device.type == "cuda" and self.is_pinned:
-            error = _cudart().cudaHostRegister(records_EP.data_ptr(), records_EP.nbytes, 0)
+            error = _cudart().cudaHostRegister(records_EP.data_ptr(), pages_bytes, 0)
             if int(error):
                 self.is_pinned = False
                 logger.warning(
@@ -102,6 +101,19 @@ class PinnedStore:
                 self._locked.append(records_EP.data_ptr())
         self.records_LEP.append(records_EP)
         return records_EP
+
+    def _whole_pages(self) -> tuple[Tensor, int]:
+        """Zeros [E, P] that begin a page, and the bytes up to the end of their last page.
+
+        Pages are locked as a whole, and none may be locked twice: small layers must not share one.
+        """
+        layout = self.layout
+        num_bytes = self.num_experts * layout.record_bytes
+        pages_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        buffer = torch.zeros(pages_bytes + mmap.PAGESIZE, dtype=torch.uint8)
+        start = -buffer.data_ptr() % mmap.PAGESIZE
+        records = buffer[start : start + num_bytes].view(layout.dtype)
+        return records.view(self.num_experts, layout.record_elements), pages_bytes
 
     @property
     def address_LE(self) -> Tensor:

@@ -96,26 +96,36 @@ class KVPool:
 
     def __init__(self) -> None:
         self._layers: list[Any] = []
-        self._fits: tuple[Any, ...] = ()
+        self._kind: tuple[Any, ...] | None = None
         self._last: weakref.ref[Cache] | None = None
+
+    def fits(self, config: Any, *, batch_size: int, max_cache_len: int) -> bool:
+        """Whether `take` would hand out the memory of the last cache again."""
+        is_free = self._last is None or self._last() is None
+        return (
+            is_free
+            and self._kind == _kind(config, batch_size)
+            and max(layer.max_cache_len for layer in self._layers) >= max_cache_len
+        )
 
     def take(self, config: Any, *, batch_size: int, max_cache_len: int) -> StaticCache:
         """An empty cache for ``batch_size`` rows of at least ``max_cache_len`` positions."""
-        # Tensors made in inference mode may be changed there only.
-        fits = (id(config), batch_size, torch.is_inference_mode_enabled())
-        is_free = self._last is None or self._last() is None
-        length = max((layer.max_cache_len for layer in self._layers), default=0)
-        if is_free and fits == self._fits and length >= max_cache_len:
-            cache = StaticCache(config=config, max_cache_len=length)
+        if self.fits(config, batch_size=batch_size, max_cache_len=max_cache_len):
+            cache = StaticCache(config=config, max_cache_len=max_cache_len)
             cache.layers[:] = self._layers
             cache.reset()
         else:
-            self._layers = []  # before the new one is filled: memory holds one at a time
+            self.clear()  # before the new one is filled: memory holds one at a time
             cache = capturable(StaticCache(config=config, max_cache_len=max_cache_len))
-            self._layers, self._fits = list(cache.layers), fits
+            self._layers, self._kind = list(cache.layers), _kind(config, batch_size)
         self._last = weakref.ref(cache)
         return cache
 
     def clear(self) -> None:
         """Forget the memory."""
-        self._layers, self._last = [], None
+        self._layers, self._kind, self._last = [], None, None
+
+
+def _kind(config: Any, batch_size: int) -> tuple[Any, ...]:
+    # Tensors made in inference mode may be changed there only.
+    return (id(config), batch_size, torch.is_inference_mode_enabled())

@@ -410,6 +410,20 @@ def test_a_model_that_is_not_on_the_cpu_is_refused() -> None:
         attach(model, slots=SLOTS)
 
 
+def test_a_model_that_is_spread_over_devices_is_refused(model: Any) -> None:
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match=r"the model is on \['cpu', 'meta'\]"):
+        attach(model, slots=SLOTS)
+
+
+def test_a_gpu_that_is_not_there_is_refused(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    before = anatomy(model)
+    with pytest.raises(ValueError, match="device=cuda: there is no CUDA device"):
+        attach(model, slots=SLOTS, device="cuda")
+    assert anatomy(model) == before
+
+
 def test_a_predictor_that_reads_the_model_is_given_it() -> None:
     model = tiny_model("olmoe")
     predictor = GateMLP(width=8, steps=2, trainer={"accelerator": "cpu"})

@@ -88,7 +88,7 @@ def test_a_replayed_step_never_waits_and_copies_nothing_to_the_host(loaded: Load
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
         with torch.profiler.profile(activities=activities) as profiler:
             for _ in range(5):
-                step.replay()
+                step.replay(None)
         names = [event.name for event in profiler.events()]
         assert any("cudaGraphLaunch" in name for name in names)
         before_the_end = names[: max(i for i, n in enumerate(names) if "cudaGraphLaunch" in n)]
