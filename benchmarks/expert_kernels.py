@@ -45,8 +45,7 @@ SHAPES = {  # D, F, E, K, biases
     "dsv2lite": (2048, 1408, 64, 6, False),
     "small": (64, 128, 8, 2, True),
 }
-TILES_OF_ONE = [Tiles(f, d, w) for f in (4, 8, 16) for d in (256, 512, 1024) for w in (4, 8)]
-TILES_OF_MANY = [Tiles(f, d, w) for f in (16, 32, 64) for d in (64, 128) for w in (4, 8)]
+TILES = [Tiles(f, d, w) for f in (16, 32, 64) for d in (64, 128) for w in (4, 8)]
 PLACES = ("resident", "half", "write-through", "in place")
 MOST_BYTES = 4 << 30  # of records on each side
 
@@ -57,6 +56,7 @@ class Args:
 
     shapes: list[str] = field(default_factory=lambda: ["gptoss20b", "qwen3_30b", "dsv2lite"])
     tokens: list[int] = field(default_factory=lambda: [1, 4, 16, 32])
+    places: list[str] = field(default_factory=lambda: list(PLACES))
     all_tiles: bool = False
     repeats: int = 7
     out: Path | None = None
@@ -222,8 +222,8 @@ def main(argv: Sequence[str]) -> None:
             bed = Bed(name, num_tokens, device)
             tried = [default_tiles(num_tokens)]
             if args.all_tiles:
-                tried = TILES_OF_ONE if num_tokens == 1 else TILES_OF_MANY
-            for place in PLACES:
+                tried = TILES
+            for place in args.places:
                 for tiles in tried:
                     steps = bed.steps(place, tiles)
                     error = bed.error_of(steps[0])
@@ -254,7 +254,7 @@ def main(argv: Sequence[str]) -> None:
                         ]
                     )
                     print(*cells[-1], file=sys.stderr)
-            if device.type == "cuda":
+            if device.type == "cuda" and not args.all_tiles:
                 for what, rate in copies(bed, args.repeats).items():
                     cases.append(
                         {"shape": name, "tokens": num_tokens, "place": what, "gb_per_s": rate}

@@ -286,6 +286,8 @@ class Foresight:
         self._token_ids_N = route.token_ids_N.to(testbed.device)
         self._starts_N = route.starts_N.tolist()
         self._map_LE = torch.zeros_like(self._module.next_LE)
+        self._ids_LK = torch.zeros_like(route.ids_NLK[0], device=testbed.device)
+        self._weights_LK = torch.zeros_like(route.weights_NLK[0], device=testbed.device)
         self._position = 0  # the host's count of the tokens that have passed
 
     @property
@@ -300,15 +302,16 @@ class Foresight:
 
     def on_routed(self, layer: int, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
         """The layer's later use; a trace knows the K probabilities that count."""
-        row_E = self._map_LE[layer]
-        row_E.zero_().scatter_(0, ids_1K[0], weights_1K[0].float())
-        return self._module.on_routed(layer, row_E[None])
+        self._ids_LK[layer].copy_(ids_1K[0])
+        self._weights_LK[layer].copy_(weights_1K[0])
+        return self._module.on_routed(layer, ids_1K, weights_1K)
 
     def on_token(self) -> None:
         """The token is through; the device's position stands at the one that is fed next."""
         position_1 = self._testbed.forced.position_1
         next_id_1 = self._token_ids_N.index_select(0, position_1)
         id_1 = self._token_ids_N.index_select(0, (position_1 - 1).clamp(min=0))
+        self._map_LE.zero_().scatter_(1, self._ids_LK, self._weights_LK)
         self._module.on_token(self._map_LE[None], id_1, next_id_1)
 
     def after_step(self) -> None:

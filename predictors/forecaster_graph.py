@@ -41,9 +41,17 @@ _NEVER = 1 << 62  # behind all ids, so that a search always ends at a place
 
 @dataclass(slots=True)
 class _Said:
-    """One net's buffers: what it said before the token at hand, and what layers pass on."""
+    """One net's buffers: what it said before the token at hand, and what layers pass on.
+
+    Attributes:
+        later_BLGE: Log odds of *later* if the token does not use an expert.
+        used_BLGE: What is added to them if it does.
+        carry_BQ: What layer 0 is given.
+        carried_BQ: What the next layer is given.
+    """
 
     later_BLGE: Tensor
+    used_BLGE: Tensor
     carry_BQ: Tensor
     carried_BQ: Tensor
 
@@ -67,9 +75,10 @@ class ForecasterGraph(GraphPredictor):
     match_BW: Tensor
     uses_BWJ: Tensor
     tokens_B3: Tensor
+    routed_LBI: Tensor
     first_past_RLE: Tensor
     decays_D: Tensor
-    discounts_G: Tensor
+    share_1N: Tensor
     follow_WW: Tensor
     places_W: Tensor
     token_ids_V: Tensor
@@ -102,15 +111,18 @@ class ForecasterGraph(GraphPredictor):
         buffer("ids_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("match_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("uses_BWJ", torch.zeros(B, W, L * E))
+        buffer("routed_LBI", torch.zeros(L, B, 2 * E))  # the token at hand: its map, and its use
         buffer("tokens_B3", torch.zeros(B, NUM_TOKENS_READ, dtype=torch.int64))
         for n, net in enumerate(nets):
             buffer(f"later_{n}_BLGE", torch.zeros(B, L, len(discounts), E))
+            buffer(f"used_{n}_BLGE", torch.zeros(B, L, len(discounts), E))
             buffer(f"carry_{n}_BQ", torch.zeros(B, net.carry.out_features))
             buffer(f"carried_{n}_BQ", torch.zeros(B, net.carry.out_features))
         # Constants are buffers, too: made inside a graph they would be copies from the host.
         buffer("first_past_RLE", first_past_RLE(popularity_LE))
         buffer("decays_D", torch.tensor(DECAYS))
-        buffer("discounts_G", torch.tensor(discounts))
+        each_G = torch.tensor(discounts) / (len(discounts) * len(nets) * B)
+        buffer("share_1N", each_G.repeat(B)[None])  # of each discount's answer in the mean
         buffer("follow_WW", copy_follow_PW(torch.arange(W), W))
         buffer("places_W", torch.arange(W))
         buffer("token_ids_V", torch.cat([token_ids_V, token_ids_V.new_tensor([_NEVER])]))
@@ -185,13 +197,16 @@ class ForecasterGraph(GraphPredictor):
         self._say()
 
     @torch.no_grad()
-    def on_routed(self, layer: int, router_probs_BE: Tensor) -> Tensor:
+    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
         """What the layer's experts are worth after this token; `ForecasterNet.after_layer`."""
-        map_BE, use_BE = top_k_map(router_probs_BE, self._top_k)
-        past_RBE = self._routed(self.past_RBLE[:, :, layer], map_BE, use_BE)
-        rows_RBE = torch.cat([as_rows(past_RBE), self.copies_MBLE[:, :, layer]])
-        routed_BI = torch.cat([map_BE, use_BE], 1)
-        later_BGE = torch.zeros_like(self._said(0).later_BLGE[:, layer])
+        if layer == 0:
+            self.routed_LBI.zero_()
+        routed_BI = self.routed_LBI[layer]
+        map_BE, use_BE = routed_BI.chunk(2, 1)
+        probs_BK = topk_probs_BK.float()
+        map_BE.scatter_(1, topk_expert_ids_BK, probs_BK / probs_BK.sum(-1, keepdim=True))
+        use_BE.scatter_(1, topk_expert_ids_BK, 1.0)
+        later_E = torch.zeros_like(self.next_LE[layer])
         for n, net in enumerate(self.nets):
             assert isinstance(net, ForecasterNet)
             said = self._said(n)
@@ -200,13 +215,17 @@ class ForecasterGraph(GraphPredictor):
             mixed_BJ = torch.addmm(
                 routed_BI @ net.mix_later_LEE[layer], F.gelu(said.carried_BQ), net.take_LQE[layer]
             )
-            own_BGE = torch.einsum("rbe,rge->bge", rows_RBE, net.own_later_RLGE[:, layer])
-            log_odds_BGE = said.later_BLGE[:, layer] + own_BGE + mixed_BJ.view_as(own_BGE)
-            later_BGE = later_BGE + log_odds_BGE.sigmoid()
-        return (self.discounts_G[:, None] * later_BGE).mean((0, 1)) / len(self.nets)
+            log_odds_BGE = (
+                mixed_BJ.view(said.later_BLGE[:, layer].shape) + said.later_BLGE[:, layer]
+            )
+            log_odds_BGE.addcmul_(map_BE[:, None], net.own_later_RLGE[0, layer])
+            log_odds_BGE.addcmul_(use_BE[:, None], said.used_BLGE[:, layer])
+            answers_NE = log_odds_BGE.sigmoid_().flatten(0, 1)
+            later_E = later_E + (self.share_1N @ answers_NE)[0]
+        return later_E
 
     def _said(self, n: int) -> _Said:
-        names = ("later_{}_BLGE", "carry_{}_BQ", "carried_{}_BQ")
+        names = ("later_{}_BLGE", "used_{}_BLGE", "carry_{}_BQ", "carried_{}_BQ")
         return _Said(*(self.get_buffer(name.format(n)) for name in names))
 
     def _routed(self, past: Tensor, map_: Tensor, use: Tensor) -> Tensor:
@@ -241,10 +260,22 @@ class ForecasterGraph(GraphPredictor):
     def _say(self) -> None:
         rows_BRLE = torch.cat([as_rows(self.past_RBLE), self.copies_MBLE]).transpose(0, 1)
         next_BLE = ahead_BLE = torch.zeros_like(self.past_RBLE[0])
+        # What the token at hand makes of the rows if it does not use an expert, but for its map.
+        unused_RBLE = as_rows(
+            self._routed(self.past_RBLE, *[torch.zeros_like(self.past_RBLE[0])] * 2)
+        )
+        unused_RBLE = torch.cat([unused_RBLE, self.copies_MBLE])
         for n, net in enumerate(self.nets):
             assert isinstance(net, ForecasterNet)
             before, said = net.before(rows_BRLE, self.tokens_B3), self._said(n)
-            said.later_BLGE.copy_(before.later_BLGE)
+            own_RLGE = net.own_later_RLGE
+            unused_BLGE = torch.einsum("rble,rlge->blge", unused_RBLE[2:], own_RLGE[2:])
+            said.later_BLGE.copy_(before.later_BLGE + unused_BLGE)
+            gains_LGE = own_RLGE[1] + torch.einsum(
+                "d,dlge->lge", 1 - self.decays_D, own_RLGE[2 : NUM_PAST - 1]
+            )
+            age_BL1E = unused_RBLE[NUM_PAST - 1][:, :, None]
+            said.used_BLGE.copy_(gains_LGE - age_BL1E * own_RLGE[NUM_PAST - 1])
             said.carry_BQ.copy_(before.carry_BQ)
             next_BLE = next_BLE + before.next_BLE.sigmoid() / len(self.nets)
             ahead_BLE = ahead_BLE + before.ahead_BLE.sigmoid() / len(self.nets)

@@ -7,7 +7,7 @@ A graph replays addresses, so whatever a module keeps between calls is a buffer 
 place; for the rest, the rules of `runtime.policies.base` hold. One module serves the B rows of one
 batch. What is kept and what is evicted is decided for the batch, so outputs are means over rows.
 
-Shape letters: B rows of a batch · L MoE layers · E experts per layer.
+Shape letters: B rows of a batch · L MoE layers · E experts per layer · K experts per token.
 """
 
 from abc import ABC, abstractmethod
@@ -43,8 +43,15 @@ class GraphPredictor(nn.Module, ABC):
         """
 
     @abstractmethod
-    def on_routed(self, layer: int, router_probs_BE: Tensor) -> Tensor:
+    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
         """Use of one layer's experts after the tokens that it has just routed, float32 [E].
 
-        Called for layers 0, 1, ... in turn, in the unit of ``forecast_LE - next_LE``.
+        Called for layers 0, 1, ... in turn, in the unit of ``forecast_LE - next_LE``. It stands
+        between a router and its experts, so every launch counts: what a router gives is taken as it
+        is, and what does not depend on it is computed before.
+
+        Args:
+            layer: The layer.
+            topk_expert_ids_BK: int64, the experts that run.
+            topk_probs_BK: Their probabilities, or weights in proportion to them.
         """

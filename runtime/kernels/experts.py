@@ -39,8 +39,8 @@ class Tiles:
     """How the work is cut; the outcome may differ by rounding only.
 
     Args:
-        neurons: Of one chunk, a power of two that divides 64; at least 16 for several tokens.
-        columns: Of D at a time, a power of two, likewise.
+        neurons: Of one chunk: 16, 32 or 64.
+        columns: Of D at a time, a power of two, at least 16.
         num_warps: Of a program.
     """
 
@@ -51,7 +51,7 @@ class Tiles:
 
 def default_tiles(num_tokens: int) -> Tiles:
     """What was fastest on an H100 (benchmarks/expert_kernels.py)."""
-    return Tiles(16, 256, 4) if num_tokens == 1 else Tiles(32, 64, 4)
+    return Tiles(16, 128, 4) if num_tokens == 1 else Tiles(32, 64, 4)
 
 
 def workspace_elements(
@@ -153,48 +153,28 @@ def _chunks(
         uses = tl.max(mine.to(tl.int32), 1)
         entry = tl.sum(tl.where(mine, place, 0), 1)
 
-        if T_BLOCK == 1:
-            gate_sum = tl.zeros([BF, BD], tl.float32)
-            up_sum = tl.zeros([BF, BD], tl.float32)
-            for start in range(0, D, BD):
-                d = start + tl.arange(0, BD)
-                inside = f_inside[:, None] & (d[None, :] < D)
-                x = tl.load(hidden_TD + d, mask=d < D, other=0.0).to(tl.float32)
-                w_up = tl.load(_at(base + (R - 2) * D, row, d, ALIGNED), mask=inside, other=0.0)
-                up_sum += w_up.to(tl.float32) * x[None, :]
-                if R == 3:
-                    w_gate = tl.load(_at(base, row, d, ALIGNED), mask=inside, other=0.0)
-                    gate_sum += w_gate.to(tl.float32) * x[None, :]
-                if WRITE:
-                    if into_slot:
-                        tl.store(_at(target + (R - 2) * D, row, d, ALIGNED), w_up, mask=inside)
-                        if R == 3:
-                            tl.store(_at(target, row, d, ALIGNED), w_gate, mask=inside)
-            gate = tl.sum(gate_sum, 1)
-            up = tl.sum(up_sum, 1)
-        else:
-            gate_sum = tl.zeros([T_BLOCK, BF], tl.float32)
-            up_sum = tl.zeros([T_BLOCK, BF], tl.float32)
-            for start in range(0, D, BD):
-                d = start + tl.arange(0, BD)
-                inside = f_inside[:, None] & (d[None, :] < D)
-                x_inside = (t[:, None] < num_tokens) & (d[None, :] < D)
-                x = tl.load(hidden_TD + t[:, None] * D + d[None, :], mask=x_inside, other=0.0)
-                x = x.to(DTYPE).to(DOT_DTYPE)
-                w_up = tl.load(_at(base + (R - 2) * D, row, d, ALIGNED), mask=inside, other=0.0)
-                up_sum = tl.dot(x, tl.trans(w_up).to(DOT_DTYPE), up_sum, input_precision="ieee")
-                if R == 3:
-                    w_gate = tl.load(_at(base, row, d, ALIGNED), mask=inside, other=0.0)
-                    gate_sum = tl.dot(
-                        x, tl.trans(w_gate).to(DOT_DTYPE), gate_sum, input_precision="ieee"
-                    )
-                if WRITE:
-                    if into_slot:
-                        tl.store(_at(target + (R - 2) * D, row, d, ALIGNED), w_up, mask=inside)
-                        if R == 3:
-                            tl.store(_at(target, row, d, ALIGNED), w_gate, mask=inside)
-            gate = gate_sum
-            up = up_sum
+        gate_sum = tl.zeros([T_BLOCK, BF], tl.float32)
+        up_sum = tl.zeros([T_BLOCK, BF], tl.float32)
+        for start in range(0, D, BD):
+            d = start + tl.arange(0, BD)
+            inside = f_inside[:, None] & (d[None, :] < D)
+            x_inside = (t[:, None] < num_tokens) & (d[None, :] < D)
+            x = tl.load(hidden_TD + t[:, None] * D + d[None, :], mask=x_inside, other=0.0)
+            x = x.to(DTYPE).to(DOT_DTYPE)
+            w_up = tl.load(_at(base + (R - 2) * D, row, d, ALIGNED), mask=inside, other=0.0)
+            up_sum = tl.dot(x, tl.trans(w_up).to(DOT_DTYPE), up_sum, input_precision="ieee")
+            if R == 3:
+                w_gate = tl.load(_at(base, row, d, ALIGNED), mask=inside, other=0.0)
+                gate_sum = tl.dot(
+                    x, tl.trans(w_gate).to(DOT_DTYPE), gate_sum, input_precision="ieee"
+                )
+            if WRITE:
+                if into_slot:
+                    tl.store(_at(target + (R - 2) * D, row, d, ALIGNED), w_up, mask=inside)
+                    if R == 3:
+                        tl.store(_at(target, row, d, ALIGNED), w_gate, mask=inside)
+        gate = gate_sum
+        up = up_sum
         tail = F.to(tl.int64) * (R * D)  # what stands behind the block of weights
         if HAS_BIAS:
             whole = (slot != 0) & (present == F)
@@ -202,12 +182,8 @@ def _chunks(
             up_at = biases + f * (R - 1) + (R - 2)
             up_bias = tl.load(up_at, mask=f_inside, other=0.0).to(tl.float32)
             gate_bias = tl.load(biases + f * (R - 1), mask=f_inside, other=0.0).to(tl.float32)
-            if T_BLOCK == 1:
-                up += up_bias
-                gate += gate_bias
-            else:
-                up += up_bias[None, :]
-                gate += gate_bias[None, :]
+            up += up_bias[None, :]
+            gate += gate_bias[None, :]
         inner = _activate(gate, up, KIND, R == 3, ALPHA, LIMIT)
 
         for start in range(0, D, BD):
@@ -217,12 +193,8 @@ def _chunks(
             if WRITE:
                 if into_slot:
                     tl.store(_at(target + (R - 1) * D, row, d, ALIGNED), w_down, mask=inside)
-            if T_BLOCK == 1:
-                # Neurons beyond F: their weights are zeros, their inner value is not.
-                added = tl.sum(w_down.to(tl.float32) * inner[:, None], 0)[None, :]
-            else:
-                rounded = inner.to(DTYPE).to(DOT_DTYPE)
-                added = tl.dot(rounded, w_down.to(DOT_DTYPE), input_precision="ieee")
+            rounded = inner.to(DTYPE).to(DOT_DTYPE)
+            added = tl.dot(rounded, w_down.to(DOT_DTYPE), input_precision="ieee")
             out = (entry[:, None].to(tl.int64) * num_chunks + chunk) * D + d[None, :]
             tl.store(partial_NCD + out, added, mask=(uses[:, None] == 1) & (d[None, :] < D))
 
@@ -296,8 +268,8 @@ def expert_step(
 ) -> None:
     """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
 
-    Arithmetic is float32 but for products of several tokens, which tensor cores make of the
-    weights' dtype and sum in float32; transformers rounds to the weights' dtype in between.
+    Products are of the weights' dtype and summed in float32; what is between the projections is
+    rounded once, to the weights' dtype, where transformers rounds after every operation.
 
     Args:
         hidden_TD: Contiguous, T from 1 to `MAX_TOKENS`.
@@ -337,7 +309,7 @@ def expert_step(
         activation.limit,
         K=K,
         K_BLOCK=triton.next_power_of_2(K),
-        T_BLOCK=1 if T == 1 else 16 if T <= 16 else 32,
+        T_BLOCK=16 if T <= 16 else 32,  # tensor cores take no fewer rows
         R=R,
         HAS_BIAS=layout.has_bias,
         WRITE=write_through,

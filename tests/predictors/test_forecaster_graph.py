@@ -51,6 +51,12 @@ def begun(predictor: Forecaster, batch_size: int = 1) -> ForecasterGraph:
     return graph
 
 
+def routed(graph: ForecasterGraph, layer: int, probs_BE: torch.Tensor) -> torch.Tensor:
+    """Show a layer's routing as a router gives it."""
+    probs_BK, ids_BK = probs_BE.topk(SPEC.top_k)
+    return graph.on_routed(layer, ids_BK, probs_BK)
+
+
 def test_every_forecast_of_a_request_is_the_same(fitted: Forecaster, trace: Trace) -> None:
     state, graph = fitted.new_state(), begun(fitted)
     said = fitted.on_request(state, Request())
@@ -62,7 +68,7 @@ def test_every_forecast_of_a_request_is_the_same(fitted: Forecaster, trace: Trac
         for layer in range(SPEC.num_layers):
             later_E = fitted.on_routed(state, layer, maps_TLE[t, layer])
             torch.testing.assert_close(
-                graph.on_routed(layer, maps_TLE[None, t, layer]), later_E, **CLOSE
+                routed(graph, layer, maps_TLE[None, t, layer]), later_E, **CLOSE
             )
         token, upcoming = int(ids_T[t]), int(ids_T[t + 1])
         said = fitted.on_token(state, maps_TLE[t], token_id=token, next_token_id=upcoming)
@@ -116,9 +122,9 @@ def test_rows_of_a_batch_have_a_past_each_and_are_averaged(
     torch.testing.assert_close(together.forecast_LE, mean_LE, **CLOSE)
     for layer in range(SPEC.num_layers):
         routed_BE = maps_TLE[[20, 21], layer]
-        each = [graph.on_routed(layer, routed_BE[b, None]) for b, graph in enumerate(alone)]
+        each = [routed(graph, layer, routed_BE[b, None]) for b, graph in enumerate(alone)]
         torch.testing.assert_close(
-            together.on_routed(layer, routed_BE), torch.stack(each).mean(0), **CLOSE
+            routed(together, layer, routed_BE), torch.stack(each).mean(0), **CLOSE
         )
 
 
