@@ -24,8 +24,16 @@ from torch import Tensor
 from runtime.cache import ExpertCache
 from runtime.policies.base import Policy
 
-COUNTERS = ("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons")
-"""Columns of `DeviceCache.counters_LX`."""
+COUNTERS = (
+    *("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons"),
+    *("prefetched", "prefetched_neurons", "wasted", "wasted_neurons"),
+)
+"""Columns of `DeviceCache.counters_LX`: experts, or neurons of them.
+
+Evictions by prefetches count among the evictions. What was prefetched, and evicted before any use,
+is wasted: all of its neurons that had come.
+"""
+CHUNK_NEURONS = 64  # a prefix ends at a multiple of it, or at the slot's end
 
 
 class Active(NamedTuple):
@@ -69,14 +77,16 @@ class DeviceCache:
         home_address_LE: int64, every expert's record in memory that the device can read.
         max_tokens: The most tokens of one event.
         device: Where the state lives.
+        with_prefetch: Let a `runtime.device_prefetch.DevicePrefetch` fetch, and count its waste.
         kernels: Use the Triton kernel; False runs the reference in torch, which waits for nothing
-            either but takes some forty launches.
+            either but takes some sixty launches.
 
     Attributes:
         cache: The books; tensors that the kernel updates.
         keep_LE: float32, the next event's scores.
         present_LE: int32, neurons of each expert that lie in its slot.
         address_LE: int64, the record of a resident expert in its slot, of others at home.
+        needed_LE: bool, what each layer's latest event needed.
         counters_LX: int64, `COUNTERS` since the last `reset`.
 
     Raises:
@@ -94,6 +104,7 @@ class DeviceCache:
         home_address_LE: Tensor,
         max_tokens: int,
         device: torch.device | str,
+        with_prefetch: bool = False,
         kernels: bool = True,
     ) -> None:
         L, E = len(memory), num_experts
@@ -103,10 +114,11 @@ class DeviceCache:
             )
         for layer, slots in enumerate(memory):
             held = slots.slot_neurons
-            if held != num_neurons and not (0 < held < num_neurons and held % 64 == 0):
+            part = 0 < held < num_neurons and held % CHUNK_NEURONS == 0
+            if held != num_neurons and not part:
                 raise ValueError(
                     f"layer {layer}: slot_neurons={held} must be F={num_neurons} or a multiple of "
-                    "64 below"
+                    f"{CHUNK_NEURONS} below"
                 )
         self.policy, self.memory = policy, tuple(memory)
         self.num_neurons, self.max_tokens = num_neurons, max_tokens
@@ -116,6 +128,7 @@ class DeviceCache:
             num_experts=E,
             slots=torch.tensor([slots.num_slots for slots in memory]),
             max_needed=min(E, max_tokens * top_k),
+            with_prefetch=with_prefetch,
             device=device,
         )
         active = min(E, max_tokens * top_k)
@@ -128,7 +141,7 @@ class DeviceCache:
         self.home_address_LE = home_address_LE.to(device)
         self.address_LE = self.home_address_LE.clone()
         self.counters_LX = zeros(L, len(COUNTERS), dtype=torch.int64)
-        self._needed_LE = zeros(L, E, dtype=torch.bool)
+        self.needed_LE = zeros(L, E, dtype=torch.bool)
         self._active = [
             Active(
                 zeros(1, dtype=torch.int32),
@@ -139,6 +152,8 @@ class DeviceCache:
             for _ in range(L)
         ]
         self._ids_E = torch.arange(E, device=device)
+        self._is_due = [False] * L
+        self._forecast_LE: Tensor | None = None
         self._kernels = kernels
 
     def active(self, layer: int) -> Active:
@@ -150,7 +165,10 @@ class DeviceCache:
 
         Args:
             forecast_LE: float32 [L, E], for policies that read one (`policies.base.later_use`).
+                It is kept, and read again where a prefetch changes what a score reads.
         """
+        self._is_due = [True] * len(self.memory)
+        self._forecast_LE = forecast_LE
         usage = self.cache.usage
         usage.step_L1.add_(1)
         for half_life, uses_LE in usage.decayed_uses.items():
@@ -163,18 +181,35 @@ class DeviceCache:
         usage = self.cache.layer_usage(layer)
         self.keep_LE[layer].copy_(self.policy.keep_scores(usage, forecast_E))
 
+    def is_due(self, layer: int) -> bool:
+        """Whether this forward pass has begun and the layer's event in it is still to come."""
+        return self._is_due[layer]
+
+    def rescore_arrivals(self, layer: int, arrived_E: Tensor) -> None:
+        """Score anew what a prefetch has brought: its arrival counts as a use, or an insertion.
+
+        Only where the layer's event is due, since `advance` scores for the next pass; and only for
+        policies that read either.
+        """
+        if self._is_due[layer] and self.policy.uses & {"last_use", "inserted"}:
+            usage, forecast_LE = self.cache.layer_usage(layer), self._forecast_LE
+            forecast_E = None if forecast_LE is None else forecast_LE[layer]
+            keep_E = self.keep_LE[layer]
+            torch.where(arrived_E, self.policy.keep_scores(usage, forecast_E), keep_E, out=keep_E)
+
     def step(self, layer: int, topk_expert_ids_TK: Tensor) -> Active:
         """Serve one event, as `ExpertCache.step` does; returns what the expert kernel must know.
 
         What is needed and has a slot counts as present from here on: the expert kernel that follows
         puts it there (write-through), or a copy in between does.
         """
+        self._is_due[layer] = False
         if self._kernels:
             self._launch(layer, topk_expert_ids_TK)
         else:
             self._reference(layer, topk_expert_ids_TK)
         for uses_LE in self.cache.usage.decayed_uses.values():
-            uses_LE[layer].add_(self._needed_LE[layer])
+            uses_LE[layer].add_(self.needed_LE[layer])
         return self._active[layer]
 
     def readdress(self, layer: int) -> None:
@@ -209,6 +244,7 @@ class DeviceCache:
         from runtime.kernels.cache_step import cache_step  # triton is there only on GPU machines
 
         usage, slots, active = self.cache.usage, self.memory[layer], self._active[layer]
+        prefetched_LE = self.cache.prefetched_LE
         assert self.cache.slot_of_LE is not None
         cache_step(
             topk_expert_ids_TK,
@@ -226,7 +262,8 @@ class DeviceCache:
             inserted_E=usage.inserted_LE[layer],
             use_count_E=usage.use_count_LE[layer],
             visits_E=usage.visits_LE[layer],
-            needed_E=self._needed_LE[layer],
+            prefetched_E=None if prefetched_LE is None else prefetched_LE[layer],
+            needed_E=self.needed_LE[layer],
             keep_E=self.keep_LE[layer],
             present_E=self.present_LE[layer],
             home_E=self.home_address_LE[layer],
@@ -240,11 +277,12 @@ class DeviceCache:
 
     def _reference(self, layer: int, topk_expert_ids_TK: Tensor) -> None:
         """What the kernel does, by way of `ExpertCache.step` on scores that are known already."""
-        E = self.cache.num_experts
-        needed_E = torch.zeros(E + 1, dtype=torch.bool, device=topk_expert_ids_TK.device)
-        needed_E[topk_expert_ids_TK.flatten().clamp(max=E)] = True
-        needed_E = needed_E[:E]
-        self._needed_LE[layer] = needed_E
+        E, num_active = self.cache.num_experts, len(self._active[layer].expert_A)
+        ids_N = topk_expert_ids_TK.flatten().clamp(max=E)
+        needed_E = torch.zeros(E + 1, dtype=torch.bool, device=ids_N.device).index_fill_(
+            0, ids_N, True
+        )[:E]
+        self.needed_LE[layer] = needed_E
         usage = self.cache.usage
         usage.step_L1[layer] -= 1  # `advance` has counted the event, and so does `step`
         decayed = {half_life: uses_LE.clone() for half_life, uses_LE in usage.decayed_uses.items()}
@@ -262,17 +300,26 @@ class DeviceCache:
         address_E = slots.base_address + step.slot_of_LE * slots.slot_bytes
         self.address_LE[layer] = torch.where(resident_E, address_E, self.home_address_LE[layer])
         present_E = self.present_LE[layer] * step.hit_LE
-        order = torch.cat([(needed_E & ~step.hit_LE).nonzero(), step.hit_LE.nonzero()]).flatten()
-        num = len(order)
-        active.num_1.fill_(num)
-        active.expert_A[:num] = order.int()
-        active.slot_address_A[:num] = torch.where(resident_E, address_E, 0)[order]
-        active.present_A[:num] = present_E[order]
-        missed = (needed_E * (self.num_neurons - present_E)).sum()
-        counted = (step.hit_LE, step.insert_LE | step.streamed_LE, step.streamed_LE, step.evict_LE)
-        for column, mask_E in enumerate((needed_E, *counted)):
-            self.counters_LX[layer, column] += mask_E.sum()
-        self.counters_LX[layer, -1] += missed
+        miss_E = step.insert_LE | step.streamed_LE
+        active.num_1.copy_(needed_E.sum(0, keepdim=True))
+        behind_E = torch.where(miss_E, 0, torch.where(step.hit_LE, E, 2 * E))
+        order_A = (behind_E + self._ids_E).argsort()[:num_active]
+        active.expert_A.copy_(order_A)
+        active.slot_address_A.copy_(torch.where(resident_E, address_E, 0)[order_A])
+        active.present_A.copy_(present_E[order_A])
+        counted = {
+            "accesses": needed_E,
+            "hits": step.hit_LE,
+            "misses": miss_E,
+            "streamed": step.streamed_LE,
+            "evictions": step.evict_LE,
+            "missed_neurons": needed_E * (self.num_neurons - present_E),
+        }
+        if step.wasted_LE is not None:
+            counted["wasted"] = step.wasted_LE
+            counted["wasted_neurons"] = step.wasted_LE * self.present_LE[layer]
+        for name, counted_E in counted.items():
+            self.counters_LX[layer, COUNTERS.index(name)] += counted_E.sum()
         self.present_LE[layer].masked_fill_(step.evict_LE, 0)
         self.present_LE[layer].masked_fill_(needed_E & resident_E, slots.slot_neurons)
 

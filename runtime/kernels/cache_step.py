@@ -1,7 +1,7 @@
 """One layer's cache event in one launch: `runtime.cache.ExpertCache.step` as a Triton kernel.
 
 One program decides everything, so it needs no atomics. Where the reference sorts, this compares all
-pairs of experts: E is small, and E x E comparisons in parallel take less time than E in turn.
+pairs of experts (`runtime.kernels.pairs`).
 
 Knows nothing of bytes: an expert's place is a number of neurons and an address.
 
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from runtime.kernels.pairs import blocks, hand_on_slots, order_key, sum_below
 
 
 @triton.jit
@@ -32,6 +34,7 @@ def _event(
     inserted_E,
     use_count_E,
     visits_E,
+    prefetched_E,
     needed_E,
     keep_E,
     present_E,
@@ -43,11 +46,13 @@ def _event(
     active_present_A,
     counters_X,
     E_BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     N_BLOCK: tl.constexpr,
     LAST_USE: tl.constexpr,
     INSERTED: tl.constexpr,
     USE_COUNT: tl.constexpr,
     VISITS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     e = tl.arange(0, E_BLOCK)
     inside = e < num_experts
@@ -77,21 +82,12 @@ def _event(
     # The lowest keep-scores go, ties by id: whose rank among the evictable is small enough.
     over = used + num_inserts - capacity
     evictable = resident * (1 - needed)
-    lower = (keep[None, :] < keep[:, None]) | (
-        (keep[None, :] == keep[:, None]) & (e[None, :] < e[:, None])
-    )
-    rank = tl.sum(tl.where(lower, evictable[None, :], 0), 1)
-    evict = tl.where(rank < over, evictable, 0)
+    evict = tl.zeros([E_BLOCK], tl.int32)
+    if over > 0:
+        key = order_key(keep, e, evictable)
+        evict = tl.where(sum_below(key, evictable, COLUMNS) < over, evictable, 0)
     num_evictions = tl.sum(evict, 0)
-
-    # Newcomers, by id, take free slots first, and then the victims', by id.
-    num_free_taken = num_inserts - num_evictions
-    place = tl.cumsum(insert, 0) - 1
-    victim_place = tl.cumsum(evict, 0) - 1 + num_free_taken
-    heir = (evict[None, :] == 1) & (victim_place[None, :] == place[:, None])
-    inherited = tl.sum(tl.where(heir, slot[None, :], 0), 1)
-    new_slot = tl.where(place < num_free_taken, used + place, inherited)
-    slot = tl.where(insert == 1, new_slot, tl.where(evict == 1, -1, slot))
+    slot = hand_on_slots(slot, insert, evict, used, COLUMNS)
     resident = resident * (1 - evict) + insert
     tl.store(used_1, (used + num_inserts - num_evictions).to(tl.int64))
     tl.store(resident_E + e, resident.to(tl.int8), mask=inside)
@@ -107,6 +103,13 @@ def _event(
     if VISITS:  # a stay ends with an eviction; what streams never stays
         visits = tl.load(visits_E + e, mask=inside, other=0)
         tl.store(visits_E + e, (visits + needed) * resident, mask=inside)
+    if PREFETCHED:
+        unused = tl.load(prefetched_E + e, mask=inside, other=0).to(tl.int32)
+        wasted = unused * evict
+        unused = unused * (1 - needed) * (1 - evict)
+        tl.store(prefetched_E + e, unused.to(tl.int8), mask=inside)
+        tl.store(counters_X + 8, tl.load(counters_X + 8) + tl.sum(wasted, 0))
+        tl.store(counters_X + 9, tl.load(counters_X + 9) + tl.sum(wasted * present, 0))
 
     # Where the expert kernel finds what: misses first, so that the link is busy from the start.
     slot_address = tl.where(resident == 1, slot_base + slot.to(tl.int64) * slot_bytes, 0)
@@ -146,6 +149,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
     inserted_E: Tensor,
     use_count_E: Tensor,
     visits_E: Tensor,
+    prefetched_E: Tensor | None,
     needed_E: Tensor,
     keep_E: Tensor,
     present_E: Tensor,
@@ -167,10 +171,11 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         slot_base: Address of slot 0.
         slot_bytes: From one slot to the next.
         uses: The fields of usage that the policy reads.
+        prefetched_E: What was prefetched and not used yet; None without prefetch.
     """
     num_experts = resident_E.shape[0]
     ids_N = topk_expert_ids_TK.reshape(-1)
-    e_block = max(16, triton.next_power_of_2(num_experts))
+    e_block, columns, num_warps = blocks(num_experts)
     _event[(1,)](
         ids_N,
         ids_N.shape[0],
@@ -188,6 +193,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         inserted_E,
         use_count_E,
         visits_E,
+        None if prefetched_E is None else prefetched_E.view(torch.int8),
         needed_E.view(torch.int8),
         keep_E,
         present_E,
@@ -199,10 +205,12 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         active_present_A,
         counters_X,
         E_BLOCK=e_block,
+        COLUMNS=columns,
         N_BLOCK=16,
         LAST_USE="last_use" in uses,
         INSERTED="inserted" in uses,
         USE_COUNT="use_count" in uses,
         VISITS="visits" in uses,
-        num_warps=4 if e_block <= 64 else 8 if e_block <= 128 else 16,
+        PREFETCHED=prefetched_E is not None,
+        num_warps=num_warps,
     )
