@@ -177,7 +177,7 @@ def _matmul(left: Tensor, right: Tensor) -> Tensor:
     110 times slower (2048 x 768, 1 to 64 tokens, AVX2) than going through float32, which
     accumulates alike and rounds once. On a GPU, cuBLAS takes any leading dimension.
     """
-    fast = right.stride(0) == 1 or right.dtype == torch.float32 or right.is_cuda
+    fast = right.stride(0) == 1 or right.dtype == torch.float32 or right.device.type != "cpu"
     if fast or (right.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return left @ right
     return (left.float() @ right.float()).to(left.dtype)

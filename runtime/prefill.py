@@ -13,10 +13,10 @@ copy of experts i+1.. runs while i computes. After the last expert of a layer th
 free take the first absent experts of the next layer, which arrive during its attention; what its
 router then does not ask for is dropped and counted as wasted.
 
-Tokens of an expert, and experts, are summed in ascending order whatever lies where: residency never
-changes a bit. The host waits for the device once per layer, for what the router and the cache
-decided. Memory beside the staging buffers is bounded by the tokens given: longer prompts are cut by
-the caller (`chunked_prefill`).
+Experts are summed in ascending order, and their tokens multiplied in the stock models' order,
+whatever lies where: residency never changes a bit. The host waits for the device once per layer,
+for what the router and the cache decided. Memory beside the staging buffers is bounded by the
+tokens given: longer prompts are cut by the caller (`chunked_prefill`).
 
 Knows nothing of policies, decode or how memory was planned. On a CPU the same code runs with every
 copy done at once.
@@ -92,15 +92,16 @@ class _Lane:
             return None
         return torch.cuda.current_stream(self._stream.device).record_event()
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
-        """Copy (target, source) pairs once ``after`` has happened; returns when that is done."""
+    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]], *after: Any) -> Any:
+        """Copy (target, source) pairs once ``after`` have happened; returns when that is done."""
         if self._stream is None:
             for target, source in pairs:
                 target.copy_(source)
             return None
         with torch.cuda.stream(self._stream):
-            if after is not None:
-                self._stream.wait_event(after)
+            for event in after:
+                if event is not None:
+                    self._stream.wait_event(event)
             for target, source in pairs:
                 target.copy_(source, non_blocking=True)
             return self._stream.record_event()
@@ -191,16 +192,18 @@ class PrefillExecutor:
         if not num_tokens:
             return output_TD
         num_experts = self._cache.num_experts
-        ids_N = topk_expert_ids_TK.flatten().clamp(max=num_experts).long()
+        # Entry k * T + t: an expert's tokens come in the order in which stock models multiply them,
+        # and where in a product a row stands may change its last bit.
+        ids_N = topk_expert_ids_TK.T.flatten().clamp(max=num_experts).long()
         counts = ids_N.new_zeros(num_experts + 1).scatter_add_(0, ids_N, torch.ones_like(ids_N))
-        order_N = ids_N.argsort(stable=True)  # by expert, then by token
-        token_N = order_N // top_k
-        weight_N1 = topk_weights_TK.flatten()[order_N, None]
-        counts_E, insert_E, slot_E, present_E, next_present_E = self._step(
+        order_N = ids_N.argsort(stable=True)
+        token_N = order_N % num_tokens
+        weight_N1 = topk_weights_TK.T.flatten()[order_N, None]
+        counts_E, slot_E, present_E, next_present_E = self._step(
             layer, counts[:num_experts], min(num_experts, num_tokens * top_k), forecast_E
         )
         needed = [expert for expert in range(num_experts) if counts_E[expert]]
-        arrivals = self._arrivals(layer, needed, insert_E, slot_E, present_E)
+        arrivals = self._arrivals(layer, needed, slot_E, present_E)
         start = 0
         for expert in needed:
             arrival = next(arrivals)
@@ -225,23 +228,23 @@ class PrefillExecutor:
     def _step(
         self, layer: int, count_E: Tensor, max_needed: int, forecast_E: Tensor | None
     ) -> list[list[int]]:
-        """One event; on the host: counts, newcomers, slots, neurons present here and next."""
+        """One event; on the host: counts, slots, neurons present before, and in the next layer."""
         cache = self._cache
         full = self._layout.expert_intermediate_size
         present_E = self._neurons_present(layer)
         step = cache.step(count_E > 0, layer=layer, forecast_LE=forecast_E, max_needed=max_needed)
-        assert step.slot_of_LE is not None
+        slot_of_E = step.slot_of_LE
+        assert slot_of_E is not None
         self.counters.add(step, layer)
         if self._present_LE is not None:
-            row_E = self._present_LE[layer]
-            row_E.masked_fill_(step.evict_LE, 0).masked_fill_(
-                step.insert_LE, self._capacity_L[layer]
-            )
+            held_E = (count_E > 0) & (slot_of_E >= 0)
+            row_E = self._present_LE[layer].masked_fill_(step.evict_LE, 0)
+            row_E.masked_fill_(held_E, self._capacity_L[layer])
         if layer + 1 < cache.num_layers:
             next_present_E = self._neurons_present(layer + 1)
         else:
             next_present_E = torch.full_like(present_E, full)
-        rows = [count_E, step.insert_LE, step.slot_of_LE, present_E, next_present_E]
+        rows = [count_E, slot_of_E, present_E, next_present_E]
         self.stats.events += 1
         # The one time that the host waits: what follows depends on what was routed.
         values: list[list[int]] = torch.stack([row.long() for row in rows]).tolist()
@@ -258,7 +261,6 @@ class PrefillExecutor:
         self,
         layer: int,
         needed: Sequence[int],
-        insert_E: Sequence[int],
         slot_E: Sequence[int],
         present_E: Sequence[int],
     ) -> Iterator[_Arrival]:
@@ -266,7 +268,6 @@ class PrefillExecutor:
 
         A buffer is free again when the caller has come back for the next record.
         """
-        full = self._layout.expert_intermediate_size
         early = self._take_early(layer, needed)
         started = self._lane.mark()  # whatever read the newcomers' slots before is done by then
         queue: deque[_Arrival] = deque()
@@ -275,22 +276,9 @@ class PrefillExecutor:
             while ahead < len(needed):
                 expert = needed[ahead]
                 slot_P = self._slots_LCP[layer][slot_E[expert]] if slot_E[expert] >= 0 else None
-                if slot_P is not None and present_E[expert] == full:
-                    arrival: _Arrival | None = _Arrival(slot_P, None, None)
-                elif expert in early:
-                    arrival = early.pop(expert)
-                    if insert_E[expert] and slot_P is not None:
-                        self._fill_slot(slot_P, arrival, started)
-                elif slot_P is not None and self._capacity_L[layer] == full:
-                    arrival = self._copy_to_slot(layer, expert, slot_P, present_E[expert], started)
-                elif self._free:
-                    arrival = self._copy_to_buffer(
-                        layer, expert, slot_P, present_E[expert], started
-                    )
-                    if insert_E[expert] and slot_P is not None:
-                        self._fill_slot(slot_P, arrival, started)
-                else:
-                    arrival = None
+                if ahead == index and not self._free and early and expert not in early:
+                    self._drop(early.pop(max(early)))  # all buffers hold what comes later
+                arrival = self._bring(layer, expert, slot_P, present_E[expert], early, started)
                 if arrival is None:
                     break
                 queue.append(arrival)
@@ -298,18 +286,49 @@ class PrefillExecutor:
             assert ahead > index, "no staging buffer came free"
             yield queue.popleft()
 
+    def _bring(
+        self,
+        layer: int,
+        expert: int,
+        slot_P: Tensor | None,
+        present: int,
+        early: dict[int, _Arrival],
+        started: Any,
+    ) -> _Arrival | None:
+        """Where a record will be whole, and when; None while no staging buffer is free for it."""
+        capacity = self._capacity_L[layer]
+        full = self._layout.expert_intermediate_size
+        if slot_P is not None and present == full:
+            return _Arrival(slot_P, None, None)
+        if expert in early:
+            arrival = early.pop(expert)
+        elif slot_P is not None and capacity == full:
+            return self._copy_to_slot(layer, expert, slot_P, present, started)
+        elif self._free:
+            arrival = self._copy_to_buffer(layer, expert, slot_P, present, started)
+        else:
+            return None
+        if slot_P is not None and present < capacity:
+            # On the device, by the stream that reads the buffer anyway before it is free again.
+            self._lane.join(arrival.ready)
+            slot_P.copy_(arrival.record_P[: len(slot_P)])
+        return arrival
+
     def _take_early(self, layer: int, needed: Sequence[int]) -> dict[int, _Arrival]:
         """What was copied ahead for this layer and is needed; the other buffers are free again."""
-        early = self._early if self._early_layer == layer else {}
-        wanted = set(needed)
-        for expert, arrival in self._early.items():
-            if expert not in early or expert not in wanted:
-                # Only the lane wrote there, and only the lane will: its own order suffices.
-                assert arrival.buffer is not None
-                self._free.append((arrival.buffer, None))
-                self.stats.wasted_bytes += self._layout.record_bytes
-        self._early, self._early_layer = {}, -1
-        return {expert: arrival for expert, arrival in early.items() if expert in wanted}
+        wanted = set(needed) if self._early_layer == layer else set()
+        arrived, self._early = self._early, {}
+        for expert, arrival in arrived.items():
+            if expert not in wanted:
+                self._drop(arrival)
+        return {expert: arrival for expert, arrival in arrived.items() if expert in wanted}
+
+    def _drop(self, arrival: _Arrival) -> None:
+        """Free the buffer of what was copied ahead in vain."""
+        assert arrival.buffer is not None
+        # Only the lane wrote there, and only the lane will: its own order suffices.
+        self._free.append((arrival.buffer, None))
+        self.stats.wasted_bytes += self._layout.record_bytes
 
     def _copy_ahead(self, layer: int, present_E: Sequence[int]) -> None:
         """Fill the free buffers with the layer's first absent experts."""
@@ -341,18 +360,9 @@ class PrefillExecutor:
         pairs = [(target_P[first:], record_P[first:])]
         if slot_P is not None and first:
             pairs.append((target_P[:first], slot_P[:first]))
-            self._lane.copy([], after)
-        ready = self._lane.copy(pairs, free)
+        ready = self._lane.copy(pairs, free, after)
         self.stats.link_bytes += (len(record_P) - first) * record_P.element_size()
         return _Arrival(target_P, ready, buffer)
-
-    def _fill_slot(self, slot_P: Tensor, arrival: _Arrival, after: Any) -> None:
-        """Keep a newcomer that arrived in a staging buffer: on the device, after its arrival.
-
-        It is copied by the stream that computes: that reads the buffer anyway before it is free.
-        """
-        self._lane.join(arrival.ready)
-        slot_P.copy_(arrival.record_P[: len(slot_P)])
 
 
 @contextmanager
