@@ -3,13 +3,15 @@
     python -m benchmarks.forecaster                    # half an hour on two cores
     python -m benchmarks.forecaster num_nets=3          # three networks averaged
     python -m benchmarks.forecaster seeds=[0] max_tokens=3000
+    python -m benchmarks.forecaster traces=[esft] time_all=false   # one set of traces alone
 
 Real routing (folder MOECAST_DATA), everything fitted anew for every seed, which draws the split,
 the weights and the order:
 
 - **gpt-oss-20b**, tested on subjects that were not fitted: the gap between LFRU and Belady closed
   at 8, 13 and 16 of 32 slots, and slot recall of the next token. Once with token ids, where the
-  next token's id is known as it is in serving; once without any, from routing alone.
+  next token's id is known as it is in serving; once with the ids of past tokens only, the finished
+  one's among them; once without any, from routing alone.
 - **DeepSeek-V2-Lite** (esft), fitted on one of its two domains and tested on the other, at 16, 26
   and 32 of 64 slots.
 - **Cost**: the fit's time on all 98,777 recorded tokens of gpt-oss-20b, and on a GPU the networks'
@@ -29,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.record import record, spread
@@ -47,15 +50,18 @@ from runtime.simulate import simulate
 RESIDENCIES = (0.25, 0.4, 0.5)
 POLICIES = ("lru", "lfru", "belady", "forecast")
 ESFT_DOMAINS = ("intent", "law")
+TRACES = {"gpt-oss-20b": "gptoss20b", "esft": "esft"}
 
 
 @dataclass
 class Args:
     """Fit and judge the forecaster; max_tokens judges only so many tokens per split.
 
-    device is auto, cpu or gpu; time_all=false leaves the fit on all tokens out.
+    traces may name gpt-oss-20b and esft; device is auto, cpu or gpu; time_all=false leaves the fit
+    on all tokens out.
     """
 
+    traces: list[str] = field(default_factory=lambda: list(TRACES))
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     num_nets: int = 1
     hidden_dim: int = 1024
@@ -70,6 +76,41 @@ def without_ids(traces: TraceList) -> TraceList:
     return dataclasses.replace(
         traces, traces=[dataclasses.replace(trace, token_ids_P=None) for trace in traces.traces]
     )
+
+
+def with_past_ids(traces: TraceList) -> TraceList:
+    """The same routing, each token bearing the id of the one before it.
+
+    What a forecaster is told as the next token's id is then the finished one's: it knows the ids of
+    the past, and not what was sampled. Copies look one token back too.
+    """
+    moved = []
+    for trace in traces.traces:
+        ids_P = trace.token_ids_P
+        if ids_P is not None:
+            ids_P = np.concatenate([np.array([-1], ids_P.dtype), ids_P[:-1]])
+        moved.append(dataclasses.replace(trace, token_ids_P=ids_P))
+    return dataclasses.replace(traces, traces=moved)
+
+
+def settings_of(traces: TraceList, name: str, seed: int) -> dict[str, TraceList]:
+    """What is fitted and judged with one seed, by the name under which it is reported."""
+    topics = {trace.request_id: trace.topic for trace in traces.traces}
+    if name == "esft":
+        splits = {
+            domain: split_by_topic(topics, seed=seed, test_topics=[domain])
+            for domain in ESFT_DOMAINS
+        }
+        return {
+            f"esft, tested on {domain}": dataclasses.replace(traces, split=split)
+            for domain, split in splits.items()
+        }
+    known = dataclasses.replace(traces, split=split_by_topic(topics, seed=seed))
+    return {
+        name: known,
+        f"{name}, ids of past tokens": with_past_ids(known),
+        f"{name}, no token ids": without_ids(known),
+    }
 
 
 def measure(traces: TraceList, predictor: Forecaster, max_tokens: int | None) -> dict[str, Any]:
@@ -143,12 +184,13 @@ def main(argv: Sequence[str]) -> None:
     args = parse_cli(Args, argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = {"accelerator": args.device}
-    gptoss, esft = load_traces("gptoss20b"), load_traces("esft")
-    assert isinstance(gptoss, TraceList)
-    assert isinstance(esft, TraceList)
-
-    def topics_of(traces: TraceList) -> dict[str, str]:
-        return {trace.request_id: trace.topic for trace in traces.traces}
+    if unknown := set(args.traces) - set(TRACES):
+        raise SystemExit(f"traces={sorted(unknown)}: must be among {', '.join(TRACES)}")
+    sets: dict[str, TraceList] = {}
+    for name in args.traces:
+        loaded = load_traces(TRACES[name])
+        assert isinstance(loaded, TraceList)
+        sets[name] = loaded
 
     def forecaster(seed: int) -> Forecaster:
         return Forecaster(
@@ -156,8 +198,9 @@ def main(argv: Sequence[str]) -> None:
         )
 
     timed: dict[str, Any] = {}
-    if args.time_all:
-        everything: dict[str, Split] = dict.fromkeys(topics_of(gptoss), "fit")
+    if args.time_all and "gpt-oss-20b" in sets:
+        gptoss = sets["gpt-oss-20b"]
+        everything: dict[str, Split] = {trace.request_id: "fit" for trace in gptoss.traces}
         start_s = time.perf_counter()
         fitted = forecaster(0)
         fitted.fit(dataclasses.replace(gptoss, split=everything))
@@ -169,12 +212,9 @@ def main(argv: Sequence[str]) -> None:
         print(f"fit on all {timed['num_all_tokens']:,} tokens: {timed['fit_all_s']:.0f} s")
     runs: dict[str, list[dict[str, Any]]] = {}
     for seed in args.seeds:
-        split: dict[str, Split] = split_by_topic(topics_of(gptoss), seed=seed)
-        settings = {"gpt-oss-20b": dataclasses.replace(gptoss, split=split)}
-        settings["gpt-oss-20b, no token ids"] = without_ids(settings["gpt-oss-20b"])
-        for domain in ESFT_DOMAINS:
-            split = split_by_topic(topics_of(esft), seed=seed, test_topics=[domain])
-            settings[f"esft, tested on {domain}"] = dataclasses.replace(esft, split=split)
+        settings: dict[str, TraceList] = {}
+        for name, traces in sets.items():
+            settings |= settings_of(traces, name, seed)
         for name, traces in settings.items():
             print(f"seed {seed}: {name}", file=sys.stderr)
             run = measure(traces, forecaster(seed), args.max_tokens)
