@@ -32,8 +32,8 @@ from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
 from runtime.kernels.experts import (
+    DEFAULT_TILES,
     Tiles,
-    default_tiles,
     expert_step,
     expert_step_reference,
     workspace_elements,
@@ -220,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     for name in args.shapes:
         for num_tokens in args.tokens:
             bed = Bed(name, num_tokens, device)
-            tried = [default_tiles(num_tokens)]
+            tried = [DEFAULT_TILES]
             if args.all_tiles:
                 tried = TILES
             for place in args.places:

@@ -26,7 +26,7 @@ from runtime.cache import Event
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
-from runtime.kernels.experts import MAX_TOKENS, expert_step, most_workspace_elements
+from runtime.kernels.experts import MAX_TOKENS, expert_step, workspace_elements
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
 from runtime.prefill import PrefillExecutor
@@ -100,7 +100,7 @@ class GpuExperts:
             present_LE=self.cache.present_LE,
         )
         self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts, device=device)
-        elements = most_workspace_elements(top_k=spec.top_k, layout=layout)
+        elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
         self.max_graph_tokens = MAX_TOKENS if store.is_pinned else None
         self._model: nn.Module | None = None

@@ -14,7 +14,7 @@ from torch import nn
 from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
 from runtime.expert_layout import ExpertLayout
-from runtime.kernels.experts import MAX_TOKENS, most_workspace_elements
+from runtime.kernels.experts import MAX_TOKENS, workspace_elements
 
 CONTEXT_TOKENS = 4096
 CHUNK_TOKENS = 1024
@@ -103,7 +103,8 @@ def plan_memory(
         * context_tokens
         * batch_size,
         activation_bytes=chunk_tokens * row_bytes + 2 * 4 * MAX_TOKENS * config.vocab_size,
-        workspace_bytes=4 * most_workspace_elements(top_k=spec.top_k, layout=layout),
+        workspace_bytes=4
+        * workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout),
         staging_bytes=staging_buffers * layout.record_bytes,
         slot_bytes=spec.num_layers * layout.record_bytes,
         slots=0,

@@ -49,24 +49,17 @@ class Tiles:
     num_warps: int
 
 
-def default_tiles(num_tokens: int) -> Tiles:
-    """What was fastest on an H100 (benchmarks/expert_kernels.py)."""
-    return Tiles(16, 128, 4) if num_tokens == 1 else Tiles(32, 64, 4)
+DEFAULT_TILES = Tiles(32, 64, 4)
+"""Near the best on an H100 from memory and over the link alike (benchmarks/expert_kernels.py)."""
 
 
 def workspace_elements(
     *, num_tokens: int, top_k: int, layout: ExpertLayout, tiles: Tiles | None = None
 ) -> int:
     """Elements of the float32 workspace that `expert_step` needs for so many tokens."""
-    tiles = tiles or default_tiles(num_tokens)
+    tiles = tiles or DEFAULT_TILES
     chunks = math.ceil(layout.expert_intermediate_size / tiles.neurons)
     return num_tokens * top_k * chunks * layout.hidden_size
-
-
-def most_workspace_elements(*, top_k: int, layout: ExpertLayout) -> int:
-    """Enough for every number of tokens up to `MAX_TOKENS`, with the default tiles."""
-    numbers = (1, MAX_TOKENS)  # the tiles for several tokens are the same for all numbers
-    return max(workspace_elements(num_tokens=n, top_k=top_k, layout=layout) for n in numbers)
 
 
 @triton.jit
@@ -284,10 +277,10 @@ def expert_step(
         workspace: float32, at least `workspace_elements`.
         output_TD: Contiguous; every element is written.
         write_through: Put what is read at home into the slots that experts have.
-        tiles: By default those for T.
+        tiles: How the work is cut.
     """
     (T, D), K = hidden_TD.shape, topk_expert_ids_TK.shape[1]
-    tiles = tiles or default_tiles(T)
+    tiles = tiles or DEFAULT_TILES
     F, R = layout.expert_intermediate_size, layout.num_rows
     num_chunks = math.ceil(F / tiles.neurons)
     dtype = _TRITON_DTYPES[layout.dtype]
