@@ -16,6 +16,7 @@ Shape letters: T tokens · E experts per layer · K experts per token · D hidde
 import inspect
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,6 +36,7 @@ from runtime.decode_graph import DecodeGraph, recorder_for
 from runtime.observer import Observer
 from runtime.policies import make_policy
 from runtime.policies.base import Policy, later_use
+from runtime.prefill_chunks import chunked_prefill
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -66,6 +68,7 @@ class Offload:
         self._layer_of = {moe.experts: moe.layer for moe in layers}
         self._observer: Observer | None = None
         self._graph: DecodeGraph | None = None
+        self._undo = ExitStack()
         self._attached = True
         self._name = f"{_NAME_PREFIX}{id(self):x}"
         configs: dict[int, Any] = {id(moe.experts.config): moe.experts.config for moe in layers}
@@ -112,6 +115,7 @@ class Offload:
         for config, implementation in self._implementations:
             config._experts_implementation = {"": implementation}
         ALL_EXPERTS_FUNCTIONS.pop(self._name, None)
+        self._undo.close()
         self._backend.restore()
         logger.info("Detached: %s", self.stats())
 
@@ -134,6 +138,11 @@ class Offload:
         for config, _ in self._implementations:
             # As a mapping, it sets this config alone and leaves its subconfigs as they are.
             config._experts_implementation = {"": self._name}
+
+    def _cut_prompts(self, model: nn.Module, chunk_tokens: int) -> None:
+        """Let ``model.generate`` compute prompts in chunks, which memory was planned for."""
+        if hasattr(model, "generation_config"):
+            self._undo.enter_context(chunked_prefill(model, chunk_tokens))
 
     def _capture_decoding(self, model: nn.Module, *, max_batch: int) -> None:
         self._graph = DecodeGraph(model, recorder=recorder_for(model), max_batch=max_batch)
@@ -255,7 +264,8 @@ def attach(
                 f"record_events={record_events}: not yet supported on {target}; leave them out"
             )
         if budget_bytes is not None and slots is None:
-            slots = gpu_slots_for_bytes(model, layers, spec, parse_bytes(budget_bytes))
+            budget = parse_bytes(budget_bytes)
+            slots = gpu_slots_for_bytes(model, layers, spec, budget, device=target)
             budget_bytes = None
         num_slots = _slots_per_layer(spec, slots, budget_bytes)
         backend = GpuExperts.build(

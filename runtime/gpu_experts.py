@@ -25,15 +25,14 @@ from runtime.backend import OffloadStats
 from runtime.cache import Event
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
+from runtime.gpu_memory import STAGING_BUFFERS
 from runtime.kernels.activation import Activation
 from runtime.kernels.experts import MAX_TOKENS, expert_step, workspace_elements
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
-from runtime.prefill import PrefillExecutor
+from runtime.prefill import PrefillExecutor, PrefillStats
 
 logger = logging.getLogger(__name__)
-
-STAGING_BUFFERS = 4  # two would do; more even out experts with few and with many tokens
 
 
 class GpuExperts:
@@ -45,6 +44,7 @@ class GpuExperts:
         slots: C of each layer.
         policy: What to keep.
         store: The experts.
+        staging_buffers: Of `runtime.prefill`; none where every expert has a slot.
 
     Attributes:
         cache: The books, on the device.
@@ -62,6 +62,7 @@ class GpuExperts:
         slots: Sequence[int],
         policy: Policy,
         store: PinnedStore,
+        staging_buffers: int = STAGING_BUFFERS,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
         self._activation = check_experts(layers)
@@ -95,7 +96,10 @@ class GpuExperts:
             slots_LCP=self._slots_LCP,
             cache=self.cache.cache,
             staging_SP=torch.empty(
-                STAGING_BUFFERS, layout.record_elements, dtype=layout.dtype, device=device
+                0 if min(slots) == spec.num_experts else staging_buffers,
+                layout.record_elements,
+                dtype=layout.dtype,
+                device=device,
             ),
             present_LE=self.cache.present_LE,
         )
@@ -139,6 +143,11 @@ class GpuExperts:
             raise
         backend._model, backend._home = model, home
         return backend
+
+    @property
+    def prefill_stats(self) -> PrefillStats:
+        """What prompts have moved; it counts on."""
+        return self._prefill.stats
 
     @property
     def events(self) -> list[Event]:

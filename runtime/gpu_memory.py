@@ -1,25 +1,32 @@
 """What a GPU's memory must hold beside expert slots, and how many slots a budget leaves.
 
+The sum of everything on the GPU stays within the budget: other weights, KV cache, a prompt chunk's
+activations, kernel workspace, staging buffers, graphs, and the slots, which get what is left.
+
 Knows sizes only; nothing is allocated here.
 
-Shape letters: L MoE layers · E experts per layer · K experts per token · D hidden.
+Shape letters: L MoE layers · E experts per layer · K experts per token.
 """
 
+import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
-from data.adapters import MoELayer, expert_parameters
+from data.adapters import MoELayer
 from data.schema import MoESpec
 from runtime.expert_layout import ExpertLayout
-from runtime.kernels.experts import MAX_TOKENS, workspace_elements
+from runtime.footprint import Footprint, footprint
 
 CONTEXT_TOKENS = 4096
 CHUNK_TOKENS = 1024
-_ACTIVATIONS_PER_TOKEN = 24  # times D elements: what a decoder layer and its experts hold at once
+STAGING_BUFFERS = 4  # two would do; more even out experts with few and with many tokens
 _GRAPH_BYTES = 64 << 20  # of graphs and libraries, as measured
+_LOGIT_BYTES = 8  # of one token and word in decode: the model's own, and float32 for sampling
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,11 +36,13 @@ class MemoryPlan:
     Attributes:
         weight_bytes: Everything of the model but its routed experts.
         kv_bytes: The KV cache.
-        activation_bytes: What a prompt's chunk holds at once, its logits among it.
+        activation_bytes: What a prompt's chunk holds at once, and the logits of a decode step.
         workspace_bytes: Of the expert kernels, for every number of tokens that decode may have.
         staging_bytes: Records on their way, in prompts.
         slot_bytes: One slot in every layer.
         slots: Per layer.
+        least_slots: K, so that one token's experts fit.
+        graph_bytes: Captured graphs and libraries.
     """
 
     weight_bytes: int
@@ -43,87 +52,145 @@ class MemoryPlan:
     staging_bytes: int
     slot_bytes: int
     slots: int
+    least_slots: int
+    graph_bytes: int = _GRAPH_BYTES
 
     @property
     def fixed_bytes(self) -> int:
         """All but the slots."""
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes, self.workspace_bytes)
-        return sum(parts) + self.staging_bytes + _GRAPH_BYTES
+        return sum(parts) + self.staging_bytes + self.graph_bytes
 
     @property
     def total_bytes(self) -> int:
         """Everything."""
         return self.fixed_bytes + self.slots * self.slot_bytes
 
+    @property
+    def least_bytes(self) -> int:
+        """The smallest possible budget."""
+        return self.fixed_bytes + self.least_slots * self.slot_bytes
+
 
 def plan_memory(
+    model: Footprint,
+    budget_bytes: int | None,
+    *,
+    slots: int | None = None,
+    staging_buffers: int = STAGING_BUFFERS,
+    free_bytes: int | None = None,
+) -> MemoryPlan:
+    """The most slots per layer, the same in all, for a budget of everything on the device.
+
+    Args:
+        model: What the model takes beside its experts.
+        budget_bytes: Of everything; None for as much as ``slots`` need.
+        slots: Instead of a budget: what is to be had.
+        staging_buffers: Of `runtime.prefill`, at least 1. What is fully resident needs none.
+        free_bytes: What the device has left, if known.
+
+    Raises:
+        ValueError: Both or neither of budget and slots are given, one is out of range, one token's
+            experts would not fit, or the device has not so much left. Says the smallest budget.
+    """
+    spec = model.spec
+    if (budget_bytes is None) == (slots is None):
+        raise ValueError(f"budget_bytes={budget_bytes} and slots={slots}: give exactly one of them")
+    if staging_buffers < 1:
+        raise ValueError(f"staging_buffers={staging_buffers}: must be at least 1")
+
+    def planned(num_slots: int, staging: int) -> MemoryPlan:
+        vocabulary_bytes = _LOGIT_BYTES * model.vocab_size
+        return MemoryPlan(
+            weight_bytes=model.weight_bytes,
+            kv_bytes=model.kv_bytes,
+            activation_bytes=model.activation_bytes + model.batch * vocabulary_bytes,
+            workspace_bytes=workspace_bytes(spec.top_k, model.layout),
+            staging_bytes=staging * model.layout.record_bytes,
+            slot_bytes=spec.num_layers * model.layout.record_bytes,
+            slots=num_slots,
+            least_slots=spec.top_k,
+        )
+
+    whole = planned(spec.num_experts, 0)
+    none = planned(0, staging_buffers)
+    least_bytes = min(none.least_bytes, whole.total_bytes)
+    if slots is not None:
+        if not spec.top_k <= slots <= spec.num_experts:
+            raise ValueError(
+                f"slots={slots}: {spec.describe()} can have {spec.top_k}..{spec.num_experts}"
+            )
+        plan = whole if slots == spec.num_experts else planned(slots, staging_buffers)
+        budget_bytes = plan.total_bytes
+    else:
+        assert budget_bytes is not None
+        if budget_bytes < least_bytes:
+            raise ValueError(
+                f"budget_bytes={budget_bytes}: {spec.describe()} needs at least {least_bytes} "
+                f"bytes ({_gib(least_bytes)}): {_gib(none.fixed_bytes)} beside the experts "
+                f"({model.context} tokens of context x {model.batch}, prompt chunks of "
+                f"{model.chunk_tokens} among them) and {spec.top_k} slots in each of "
+                f"{spec.num_layers} layers"
+            )
+        if budget_bytes >= whole.total_bytes:
+            plan = whole
+        else:
+            fitting = (budget_bytes - none.fixed_bytes) // none.slot_bytes
+            plan = planned(min(fitting, spec.num_experts - 1), staging_buffers)
+    if free_bytes is not None and budget_bytes > free_bytes:
+        raise ValueError(
+            f"budget_bytes={budget_bytes} ({_gib(budget_bytes)}), but the device has only "
+            f"{free_bytes} bytes ({_gib(free_bytes)}) free: free some of it, or lower the budget; "
+            f"the smallest possible is {least_bytes} ({_gib(least_bytes)})"
+        )
+    return plan
+
+
+def gpu_slots_for_bytes(
     model: nn.Module,
     layers: Sequence[MoELayer],
     spec: MoESpec,
     budget_bytes: int,
     *,
-    context_tokens: int = CONTEXT_TOKENS,
-    chunk_tokens: int = CHUNK_TOKENS,
-    batch_size: int = 1,
-    staging_buffers: int = 4,
-) -> MemoryPlan:
-    """The most slots per layer, the same in all, for a budget of everything on the device.
+    device: torch.device | None = None,
+) -> int:
+    """Slots per layer for a budget of everything on the GPU, with the default context.
 
     Args:
-        model: May be on the meta device: only sizes are read.
+        model: As loaded; only its configuration, class and dtype are read.
         layers: Its MoE layers.
         spec: Its MoE.
         budget_bytes: Of everything.
-        context_tokens: Of the KV cache, in each row.
-        chunk_tokens: Of a prompt, at once.
-        batch_size: Rows of the KV cache.
-        staging_buffers: Of `runtime.prefill`.
-
-    Raises:
-        ValueError: One token's experts would not fit; says the smallest budget that works.
+        device: Where it is to be served: checked for room if the model is not there yet.
     """
     layout = ExpertLayout.of(layers[0].experts)
-    experts = {id(p) for moe in layers for _, p in expert_parameters(moe.experts)}
-    weights = [p for p in model.parameters() if id(p) not in experts] + list(model.buffers())
-    config: Any = model.config
-    config = config.get_text_config(decoder=True)
-    head_dim = getattr(config, "head_dim", None) or (
-        config.hidden_size // config.num_attention_heads
-    )
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    itemsize = layout.dtype.itemsize
-    row_bytes = _ACTIVATIONS_PER_TOKEN * spec.top_k * layout.hidden_size * itemsize
-    plan = MemoryPlan(
-        weight_bytes=sum(tensor.numel() * tensor.element_size() for tensor in weights),
-        kv_bytes=2
-        * config.num_hidden_layers
-        * heads
-        * head_dim
-        * itemsize
-        * context_tokens
-        * batch_size,
-        activation_bytes=chunk_tokens * row_bytes + 2 * 4 * MAX_TOKENS * config.vocab_size,
-        workspace_bytes=4
-        * workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout),
-        staging_bytes=staging_buffers * layout.record_bytes,
-        slot_bytes=spec.num_layers * layout.record_bytes,
-        slots=0,
-    )
-    slots = min((budget_bytes - plan.fixed_bytes) // plan.slot_bytes, spec.num_experts)
-    if slots < spec.top_k:
-        least = plan.fixed_bytes + spec.top_k * plan.slot_bytes
-        raise ValueError(
-            f"budget_bytes={budget_bytes}: {spec.describe()} needs at least {least} bytes: "
-            f"{plan.fixed_bytes} beside the experts ({context_tokens} tokens of context among "
-            f"them) and {spec.top_k} slots in each of {spec.num_layers} layers"
-        )
-    return MemoryPlan(
-        **{name: getattr(plan, name) for name in plan.__slots__ if name != "slots"}, slots=slots
-    )
+    kind: Any = type(model)
+    with torch.device("meta"):
+        likeness = kind._from_config(copy.deepcopy(model.config), dtype=layout.dtype)
+    free_bytes = None
+    home = next(layers[0].experts.parameters()).device
+    if device is not None and device.type == "cuda" and home.type != "cuda":
+        free_bytes = free_bytes_of(device)
+    counted = footprint(likeness, context=CONTEXT_TOKENS, batch=1, chunk_tokens=CHUNK_TOKENS)
+    return plan_memory(counted, budget_bytes, free_bytes=free_bytes).slots
 
 
-def gpu_slots_for_bytes(
-    model: nn.Module, layers: Sequence[MoELayer], spec: MoESpec, budget_bytes: int
-) -> int:
-    """Slots per layer for a budget of everything on the GPU, with the default context."""
-    return plan_memory(model, layers, spec, budget_bytes).slots
+def free_bytes_of(device: torch.device) -> int:
+    """What a CUDA device has left, what torch holds in reserve included."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def workspace_bytes(top_k: int, layout: ExpertLayout) -> int:
+    """Of the decode kernels; an upper bound where Triton, and so the kernels, is not installed."""
+    try:
+        from runtime.kernels.experts import MAX_TOKENS, workspace_elements
+    except ImportError:
+        chunks = math.ceil(layout.expert_intermediate_size / 16)  # the narrowest tile
+        return 4 * 32 * top_k * chunks * layout.hidden_size
+    elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=top_k, layout=layout)
+    return 4 * elements
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from data.adapters import moe_layers, spec_of
-from data.schema import MoESpec
 from runtime.engine import Offload, attach
 from runtime.gpu_experts import GpuExperts
-from runtime.gpu_memory import plan_memory
 from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 from tests.devices import KERNEL_DEVICE
@@ -165,40 +163,3 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
         attach_kernels(model)
     monkeypatch.undo()
     assert torch.equal(logits(model, PROMPT), stock)
-
-
-class TestMemoryPlan:
-    """A budget is of everything on the device."""
-
-    @pytest.fixture
-    def parts(self) -> tuple[Any, Any, MoESpec]:
-        model = tiny_model("qwen3_moe")
-        return model, moe_layers(model), spec_of(model)
-
-    def test_the_sum_stays_within_the_budget(self, parts: tuple[Any, Any, MoESpec]) -> None:
-        model, layers, spec = parts
-        roomy = plan_memory(model, layers, spec, 1 << 40, context_tokens=64)
-        assert roomy.slots == spec.num_experts
-        budget = roomy.fixed_bytes + 4 * roomy.slot_bytes + 1
-        tight = plan_memory(model, layers, spec, budget, context_tokens=64)
-        assert tight.slots == 4
-        assert tight.total_bytes <= budget
-
-    def test_an_impossible_budget_is_refused_with_the_smallest_possible(
-        self, parts: tuple[Any, Any, MoESpec]
-    ) -> None:
-        model, layers, spec = parts
-        roomy = plan_memory(model, layers, spec, 1 << 40)
-        least = roomy.fixed_bytes + spec.top_k * roomy.slot_bytes
-        with pytest.raises(ValueError, match=f"at least {least} bytes"):
-            plan_memory(model, layers, spec, least - 1)
-        assert plan_memory(model, layers, spec, least).slots == spec.top_k
-
-    def test_a_longer_context_leaves_fewer_slots(self, parts: tuple[Any, Any, MoESpec]) -> None:
-        model, layers, spec = parts
-        roomy = plan_memory(model, layers, spec, 1 << 40, context_tokens=64)
-        budget = roomy.fixed_bytes + 7 * roomy.slot_bytes
-        assert plan_memory(model, layers, spec, budget, context_tokens=64).slots == 7
-        per_token = (roomy.kv_bytes // 64) or 1
-        longer = 64 + 3 * roomy.slot_bytes // per_token
-        assert plan_memory(model, layers, spec, budget, context_tokens=longer).slots == 4

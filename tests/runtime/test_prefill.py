@@ -16,12 +16,11 @@ from data.adapters import MoELayer, moe_layers
 from data.schema import MoESpec, Trace, TraceList
 from runtime import prefill
 from runtime.cache import ExpertCache
-from runtime.engine import attach
 from runtime.experts import CpuExecutor
 from runtime.host_store import open_store
 from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
-from runtime.prefill import PrefillExecutor, chunked_prefill, try_prefill
+from runtime.prefill import PrefillExecutor
 from runtime.simulate import replay_log
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, FakeExperts, tiny_model
@@ -314,41 +313,3 @@ def test_no_tokens_are_no_event() -> None:
     output_TD = executor.forward(0, torch.empty(0, D), empty_TK, torch.empty(0, K))
     assert output_TD.shape == (0, D)
     assert executor.stats.events == 0
-
-
-def test_a_prompt_in_chunks_gives_the_same_text() -> None:
-    model = tiny_model("qwen3_moe")
-    ids_BT = torch.tensor([[(7 * n) % 31 for n in range(40)]])
-
-    def text() -> list[list[int]]:
-        said: Tensor = model.generate(
-            ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=5, do_sample=False
-        )
-        return said.tolist()
-
-    expected = text()
-    lengths: list[int] = []
-    handle = model.register_forward_pre_hook(
-        lambda _, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    with attach(model, slots=5), chunked_prefill(model, 16):
-        assert text() == expected
-    handle.remove()
-    assert lengths[:3] == [16, 16, 8]
-    assert model.generation_config.prefill_chunk_size is None
-    with pytest.raises(ValueError, match="chunk_tokens=0"), chunked_prefill(model, 0):
-        pass
-
-
-def test_a_trial_of_the_longest_prompt_says_what_it_took() -> None:
-    model = tiny_model("mixtral").to(DEVICE)
-    trial = try_prefill(model, 33, planned_bytes=1000)
-    assert trial.tokens == 33
-    assert trial.spent_s > 0
-    if DEVICE.type == "cpu":
-        assert trial.peak_bytes is None
-        assert trial.peak_over_plan is None
-    else:
-        assert trial.peak_over_plan == trial.peak_bytes / 1000
-    with pytest.raises(ValueError, match="tokens=0"):
-        try_prefill(model, 0)
