@@ -197,6 +197,7 @@ def _mean(values: dict[str, float]) -> str:
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "collect_overhead": _collect_overhead,
+    "decode_gptoss20b": _decode,
     "demo": _demo,
     "embedders": _embedders,
     "forecaster": _forecaster,
