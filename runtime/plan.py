@@ -29,7 +29,6 @@ from data.importers import load_traces
 from data.machine import memory_bytes
 from data.models import DTYPES, EMBEDDED
 from data.tiny_moe import TINY_MOE_DIR
-from predictors.artifact import load_artifact
 from runtime.budget import slots_at
 from runtime.expected_speed import expected_speed, resident_step_s, rough_hit_ratio
 from runtime.footprint import Footprint, footprint, skeleton_of
@@ -42,7 +41,6 @@ from runtime.gpu_memory import (
     plan_memory,
 )
 from runtime.link import LinkRates, LinkReport, measure_link
-from runtime.simulate import simulate
 from runtime.sizes import parse_bytes
 
 _GIB = 2**30
@@ -216,6 +214,10 @@ def _hit_ratios(
     if args.trace is None:
         rough = {n: sum(rough_hit_ratio(n / spec.num_experts)) / 2 for n in slots}
         return {"lfru": rough}, "rough curve of two recorded models, +-10 points; give a trace"
+    # What a plan without a trace does without, on machines that only serve.
+    from predictors.artifact import load_artifact
+    from runtime.simulate import simulate
+
     traces = load_traces(args.trace, num_experts=spec.num_experts)
     if difference := traces.spec.mismatch(spec):
         raise ValueError(f"trace={args.trace}: of another model: {difference}")
