@@ -74,8 +74,11 @@ class Backend(Protocol):
     `forward` serves one layer, `expect` tells what is thought to come, `stats` what it cost.
 
     Attributes:
+        max_graph_tokens: The most tokens of a step that a graph can capture; None if none can.
         events: The cache's log, where one is kept.
     """
+
+    max_graph_tokens: int | None
 
     @property
     def events(self) -> list[Event]:
@@ -120,6 +123,8 @@ class CpuBackend:
         record_events: Keep the cache's log.
         folder: What to remove when the experts are back, or None.
     """
+
+    max_graph_tokens: int | None = None
 
     def __init__(
         self,

@@ -141,8 +141,7 @@ class Offload:
 
     def _cut_prompts(self, model: nn.Module, chunk_tokens: int) -> None:
         """Let ``model.generate`` compute prompts in chunks, which memory was planned for."""
-        if hasattr(model, "generation_config"):
-            self._undo.enter_context(chunked_prefill(model, chunk_tokens))
+        self._undo.enter_context(chunked_prefill(model, chunk_tokens))
 
     def _capture_decoding(self, model: nn.Module, *, max_batch: int) -> None:
         self._graph = DecodeGraph(model, recorder=recorder_for(model), max_batch=max_batch)
@@ -211,8 +210,9 @@ def attach(
     that is complete the model is untouched, and no second copy of them is held in memory.
 
     On a GPU they move to pinned host memory, layer by layer, and everything else of the model to
-    the GPU; decode steps of ``model.generate`` are captured in a graph (`runtime.decode_graph`).
-    What fails half-way is undone.
+    the GPU; ``model.generate`` reads prompts in chunks, which is what memory is planned for, and
+    its decode steps are captured in a graph (`runtime.decode_graph`). What fails half-way is
+    undone.
 
     Args:
         model: A transformers model in float32, bfloat16 or float16, all of it on one device.
@@ -256,7 +256,7 @@ def attach(
         )
     else:
         from runtime.gpu_experts import GpuExperts  # its kernels need triton
-        from runtime.gpu_memory import gpu_slots_for_bytes
+        from runtime.gpu_memory import CHUNK_TOKENS, gpu_slots_for_bytes
 
         if predictor is not None or store_dir is not None or record_events:
             raise ValueError(
@@ -275,9 +275,11 @@ def attach(
     if predictor is not None and policy.foresight == "forecast":
         offload._observe(model, layers, predictor)
     offload._install()
-    max_batch = getattr(backend, "max_graph_tokens", None)
-    if isinstance(max_batch, int) and getattr(model, "generation_config", None) is not None:
-        offload._capture_decoding(model, max_batch=max_batch)
+    generates = getattr(model, "generation_config", None) is not None
+    if target.type == "cuda" and generates:
+        offload._cut_prompts(model, CHUNK_TOKENS)
+    if backend.max_graph_tokens is not None and generates:
+        offload._capture_decoding(model, max_batch=backend.max_graph_tokens)
     logger.info(
         "Attached %s on %s: %s slots per layer, policy %s",
         spec.describe(),

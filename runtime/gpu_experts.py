@@ -106,7 +106,7 @@ class GpuExperts:
         self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts, device=device)
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
-        self.max_graph_tokens = MAX_TOKENS if store.is_pinned else None
+        self.max_graph_tokens: int | None = MAX_TOKENS if store.is_pinned else None
         self._model: nn.Module | None = None
         self._home = device
         self._last_stats: OffloadStats | None = None

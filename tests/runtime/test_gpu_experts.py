@@ -24,7 +24,12 @@ DEVICE = torch.device(KERNEL_DEVICE)
 
 
 def attach_kernels(
-    model: Any, *, slots: int = SLOTS, policy: str = "lru", graph: bool = False
+    model: Any,
+    *,
+    slots: int = SLOTS,
+    policy: str = "lru",
+    graph: bool = False,
+    chunk_tokens: int | None = None,
 ) -> Offload:
     """`attach` on the device that kernels run on, which may be the CPU here."""
     layers, spec = moe_layers(model), spec_of(model)
@@ -38,6 +43,8 @@ def attach_kernels(
     )
     offload = Offload(layers=layers, spec=spec, slots=(slots,) * spec.num_layers, backend=backend)
     offload._install()
+    if chunk_tokens is not None:
+        offload._cut_prompts(model, chunk_tokens)
     if graph:
         offload._capture_decoding(model, max_batch=4)
     return offload
@@ -52,8 +59,8 @@ def logits(model: Any, tokens: list[int]) -> Tensor:
     return model(ids_of(model, tokens)).logits.cpu()
 
 
-def generated(model: Any, num_new: int = 6) -> list[int]:
-    ids_BT = ids_of(model, PROMPT)
+def generated(model: Any, num_new: int = 6, prompt: list[int] = PROMPT) -> list[int]:
+    ids_BT = ids_of(model, prompt)
     said = model.generate(
         ids_BT, max_new_tokens=num_new, min_new_tokens=num_new, do_sample=False, pad_token_id=0
     )
@@ -119,6 +126,21 @@ def test_generating_replays_recorded_steps() -> None:
     assert (model.forward, model.generation_config.cache_implementation) == before
 
 
+def test_a_long_prompt_is_read_in_chunks_and_decoding_is_recorded_all_the_same() -> None:
+    model = tiny_model("qwen3_moe")
+    stock = generated(model, prompt=LONG)
+    lengths: list[int] = []
+    with attach_kernels(model, graph=True, chunk_tokens=16) as offload:
+        handle = model.get_input_embeddings().register_forward_pre_hook(
+            lambda _, inputs: lengths.append(inputs[0].shape[1])
+        )
+        assert generated(model, prompt=LONG) == stock
+        handle.remove()
+        assert lengths[:3] == [16, 16, 8]
+        assert offload.stats().graph_replays > 0
+    assert model.generation_config.prefill_chunk_size is None
+
+
 def test_where_memory_cannot_be_locked_experts_are_copied_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -135,7 +157,7 @@ def test_where_memory_cannot_be_locked_experts_are_copied_first(
     with attach_kernels(model) as offload:
         torch.testing.assert_close(logits(model, PROMPT), stock, rtol=1e-3, atol=1e-4)
         assert offload.stats().is_pinned is False
-        assert offload._backend.max_graph_tokens is None  # type: ignore[attr-defined]
+        assert offload._backend.max_graph_tokens is None
 
 
 def test_experts_that_kernels_cannot_compute_are_refused_untouched(

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 
 from data.models import load_model
 from runtime.engine import attach
+from runtime.gpu_memory import CHUNK_TOKENS
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.gpu
@@ -59,6 +60,7 @@ def test_greedy_tokens_are_those_of_the_stock_model(loaded: Loaded) -> None:
     with attach(loaded.model, slots=8, device="cuda") as offload:
         assert generated(loaded) == stock
         assert generated(loaded, streamer=TextStreamer(loaded.tokenizer)) == stock
+        assert loaded.model.generation_config.prefill_chunk_size == CHUNK_TOKENS
         stats = offload.stats()
         assert stats.is_pinned
         assert stats.graph_replays > NEW_TOKENS
