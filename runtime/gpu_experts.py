@@ -65,7 +65,7 @@ class GpuExperts:
         staging_buffers: int = STAGING_BUFFERS,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
-        self._activation = check_experts(layers)
+        self._activations = check_experts(layers)
         layout, device = store.layout, store.device
         self._slots_LCP = [
             torch.empty(count, layout.record_elements, dtype=layout.dtype, device=device)
@@ -192,7 +192,7 @@ class GpuExperts:
             address_E=self.cache.address_LE[layer],
             slot_neurons=self.cache.memory[layer].slot_neurons,
             layout=self._store.layout,
-            activation=self._activation,
+            activation=self._activations[layer],
             workspace=self._workspace,
             output_TD=output_TD,
         )
@@ -241,17 +241,20 @@ class GpuExperts:
         self._store.close()
 
 
-def check_experts(layers: Sequence[MoELayer]) -> Activation:
-    """The activation of all experts.
+def check_experts(layers: Sequence[MoELayer]) -> list[Activation]:
+    """The activation of each layer's experts.
 
     Raises:
         ValueError: The kernels cannot compute these experts, or not in this dtype.
     """
-    experts: Any = layers[0].experts
-    ExpertLayout.of(experts)
-    if getattr(experts, "has_post_expert_norm", False):
-        raise ValueError(
-            f"{type(experts).__name__} normalises what each expert says: its experts cannot be "
-            "computed by the kernels"
-        )
-    return Activation.of(experts)
+    activations = []
+    for moe in layers:
+        experts: Any = moe.experts
+        ExpertLayout.of(experts)
+        if getattr(experts, "has_post_expert_norm", False):
+            raise ValueError(
+                f"{type(experts).__name__} normalises what each expert says: its experts cannot be "
+                "computed by the kernels"
+            )
+        activations.append(Activation.of(experts))
+    return activations

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "clamped")
 """Applied to the gate and multiplied by up; where experts have no gate, applied to up."""
 
-_PROBE = 97  # numbers on each side that a form is compared on
+_PROBE = 97  # numbers that a form is compared on at each of these reaches
+_REACHES = (4.0, 12.0, 50.0, 1000.0)  # a clamp looks like none to numbers within it
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,9 @@ class Activation:
         candidates = [cls(kind) for kind in KINDS[:-1]]
         if hasattr(experts, "alpha") and hasattr(experts, "limit"):
             candidates.insert(0, cls("clamped", float(experts.alpha), float(experts.limit)))
-        gate_N, up_N = torch.linspace(-12, 12, _PROBE), torch.linspace(9, -11, _PROBE).roll(13)
+        unit_N = torch.linspace(-1, 1, _PROBE)
+        gate_N = torch.cat([reach * unit_N for reach in _REACHES])
+        up_N = torch.cat([-0.9 * reach * unit_N.roll(13) for reach in _REACHES])
         theirs_N = _of_module(experts, gate_N, up_N)
         for candidate in candidates:
             if torch.allclose(candidate(gate_N, up_N, bool(experts.has_gate)), theirs_N, atol=1e-4):

@@ -173,6 +173,14 @@ def test_experts_that_kernels_cannot_compute_are_refused_untouched(
     assert torch.equal(logits(model, PROMPT), stock)
 
 
+def test_each_layer_has_its_own_activation() -> None:
+    model = tiny_model("qwen3_moe")
+    moe_layers(model)[1].experts.act_fn = torch.nn.ReLU()
+    stock = logits(model, PROMPT)
+    with attach_kernels(model):
+        torch.testing.assert_close(logits(model, PROMPT), stock, rtol=1e-3, atol=1e-4)
+
+
 def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("qwen3_moe")
     stock = logits(model, PROMPT)

@@ -34,6 +34,28 @@ class Strange(nn.Module):
         return gate.square() * up
 
 
+class ClampedSilu(nn.Module):
+    """SiLU experts whose gate and up are cut off somewhere."""
+
+    has_gate, is_concatenated = True, True
+
+    def __init__(self, limit: float) -> None:
+        super().__init__()
+        self.cut_off = limit
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        up = up.clamp(-self.cut_off, self.cut_off)
+        return nn.functional.silu(gate.clamp(max=self.cut_off)) * up
+
+
+@pytest.mark.parametrize("limit", [3.0, 10.0, 16.0, 200.0])
+def test_a_clamp_is_seen_wherever_it_begins(limit: float) -> None:
+    with pytest.raises(ValueError, match="activation of ClampedSilu"):
+        Activation.of(ClampedSilu(limit))
+    assert Activation.of(ClampedSilu(1e6)).kind == "silu", "nothing real is as large"
+
+
 def test_an_unknown_activation_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="activation of Strange is none of silu"):
         Activation.of(Strange())
