@@ -31,13 +31,8 @@ from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
-from runtime.kernels.experts import (
-    DEFAULT_TILES,
-    Tiles,
-    expert_step,
-    expert_step_reference,
-    workspace_elements,
-)
+from runtime.kernels.experts import expert_step, expert_step_reference
+from runtime.kernels.tiles import DEFAULT_TILES, Tiles, workspace_elements
 
 SHAPES = {  # D, F, E, K, biases
     "gptoss20b": (2880, 2880, 32, 4, True),

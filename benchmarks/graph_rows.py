@@ -24,7 +24,8 @@ from predictors.graph import GraphPredictor
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
-from runtime.kernels.experts import expert_step, workspace_elements
+from runtime.kernels.experts import expert_step
+from runtime.kernels.tiles import workspace_elements
 from runtime.policies import make_policy
 
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being

@@ -27,7 +27,8 @@ from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
 from runtime.gpu_memory import STAGING_BUFFERS
 from runtime.kernels.activation import Activation
-from runtime.kernels.experts import MAX_TOKENS, expert_step, workspace_elements
+from runtime.kernels.experts import expert_step
+from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
 from runtime.prefill import PrefillExecutor, PrefillStats

@@ -9,7 +9,6 @@ Shape letters: L MoE layers · E experts per layer · K experts per token.
 """
 
 import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from data.adapters import MoELayer
 from data.schema import MoESpec
 from runtime.expert_layout import ExpertLayout
 from runtime.footprint import Footprint, footprint
+from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
 
 CONTEXT_TOKENS = 4096
 CHUNK_TOKENS = 1024
@@ -105,7 +105,8 @@ def plan_memory(
             weight_bytes=model.weight_bytes,
             kv_bytes=model.kv_bytes,
             activation_bytes=model.activation_bytes + model.batch * vocabulary_bytes,
-            workspace_bytes=workspace_bytes(spec.top_k, model.layout),
+            workspace_bytes=4
+            * workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=model.layout),
             staging_bytes=staging * model.layout.record_bytes,
             slot_bytes=spec.num_layers * model.layout.record_bytes,
             slots=num_slots,
@@ -179,17 +180,6 @@ def free_bytes_of(device: torch.device) -> int:
     """What a CUDA device has left, what torch holds in reserve included."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def workspace_bytes(top_k: int, layout: ExpertLayout) -> int:
-    """Of the decode kernels; an upper bound where Triton, and so the kernels, is not installed."""
-    try:
-        from runtime.kernels.experts import MAX_TOKENS, workspace_elements
-    except ImportError:
-        chunks = math.ceil(layout.expert_intermediate_size / 16)  # the narrowest tile
-        return 4 * 32 * top_k * chunks * layout.hidden_size
-    elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=top_k, layout=layout)
-    return 4 * elements
 
 
 def _gib(num_bytes: int) -> str:

@@ -14,7 +14,6 @@ R rows per neuron · A active experts · N = T * K uses · C chunks of neurons.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -24,42 +23,14 @@ from torch import Tensor
 from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import KINDS, Activation
+from runtime.kernels.tiles import DEFAULT_TILES, MAX_TOKENS, Tiles, workspace_elements
 
-MAX_TOKENS = 32
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
 _REDUCED_CHUNKS, _REDUCED_COLUMNS = 64, 32  # of one tile of the second kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How the work is cut; the outcome may differ by rounding only.
-
-    Args:
-        neurons: Of one chunk: 16, 32 or 64.
-        columns: Of D at a time, a power of two, at least 16.
-        num_warps: Of a program.
-    """
-
-    neurons: int
-    columns: int
-    num_warps: int
-
-
-DEFAULT_TILES = Tiles(32, 64, 4)
-"""Near the best on an H100 from memory and over the link alike (benchmarks/expert_kernels.py)."""
-
-
-def workspace_elements(
-    *, num_tokens: int, top_k: int, layout: ExpertLayout, tiles: Tiles | None = None
-) -> int:
-    """Elements of the float32 workspace that `expert_step` needs for so many tokens."""
-    tiles = tiles or DEFAULT_TILES
-    chunks = math.ceil(layout.expert_intermediate_size / tiles.neurons)
-    return num_tokens * top_k * chunks * layout.hidden_size
 
 
 @triton.jit
@@ -257,7 +228,7 @@ def expert_step(
     workspace: Tensor,
     output_TD: Tensor,
     write_through: bool = True,
-    tiles: Tiles | None = None,
+    tiles: Tiles = DEFAULT_TILES,
 ) -> None:
     """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
 
@@ -278,9 +249,20 @@ def expert_step(
         output_TD: Contiguous; every element is written.
         write_through: Put what is read at home into the slots that experts have.
         tiles: How the work is cut.
+
+    Raises:
+        ValueError: Too many tokens, a tensor that is not contiguous, or too small a workspace.
     """
     (T, D), K = hidden_TD.shape, topk_expert_ids_TK.shape[1]
-    tiles = tiles or DEFAULT_TILES
+    if not 1 <= T <= MAX_TOKENS:
+        raise ValueError(f"{T} tokens: must be in 1..{MAX_TOKENS}")
+    if not all(
+        x.is_contiguous() for x in (hidden_TD, topk_expert_ids_TK, topk_weights_TK, output_TD)
+    ):
+        raise ValueError("hidden states, expert ids, weights and output must be contiguous")
+    elements = workspace_elements(num_tokens=T, top_k=K, layout=layout, tiles=tiles)
+    if workspace.numel() < elements:
+        raise ValueError(f"workspace of {workspace.numel()} elements: {elements} are needed")
     F, R = layout.expert_intermediate_size, layout.num_rows
     num_chunks = math.ceil(F / tiles.neurons)
     dtype = _TRITON_DTYPES[layout.dtype]

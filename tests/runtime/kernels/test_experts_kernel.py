@@ -10,12 +10,8 @@ from torch import Tensor
 from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
-from runtime.kernels.experts import (
-    Tiles,
-    expert_step,
-    expert_step_reference,
-    workspace_elements,
-)
+from runtime.kernels.experts import expert_step, expert_step_reference
+from runtime.kernels.tiles import MAX_TOKENS, Tiles, workspace_elements
 from tests.devices import KERNEL_DEVICE
 
 E, K = 5, 2
@@ -205,3 +201,12 @@ def test_a_token_without_experts_gets_zeros() -> None:
     output_TD = bed.run()
     assert not output_TD[1].any()
     assert relative_error(output_TD, bed.reference()) < 1e-5
+
+
+def test_what_the_kernels_would_get_wrong_is_refused() -> None:
+    bed = Bed(LAYOUT, 3)
+    bed.hidden_TD = bed.hidden_TD.T.contiguous().T
+    with pytest.raises(ValueError, match="must be contiguous"):
+        bed.run()
+    with pytest.raises(ValueError, match=f"{MAX_TOKENS + 1} tokens: must be in 1..{MAX_TOKENS}"):
+        Bed(LAYOUT, MAX_TOKENS + 1).run()
