@@ -34,13 +34,13 @@ from benchmarks.decode_report import summary, text_table
 from benchmarks.decode_rows import Row, StockRow
 from benchmarks.decode_timer import Timer
 from benchmarks.forced_routing import traces_of_shape
-from benchmarks.graph_rows import HostRecords, OwnRow
+from benchmarks.graph_rows import OwnRow
 from benchmarks.link_rates import link_rates
 from benchmarks.offload_baselines import ACCELERATE_INSTALLED, AccelerateOffload, HostSyncLru
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import circumstances, record
 from benchmarks.replay_shapes import SHAPES, Shape
-from benchmarks.replay_testbed import ReplayTestbed
+from benchmarks.replay_testbed import ReplayTestbed, filled_store
 from data.errors import MoecastError
 from data.files import write_json
 from data.machine import hardware
@@ -118,9 +118,11 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         dtype=DTYPES[options.dtype],
     )
     timer = Timer(bed, repeats=options.repeats, tokens=options.tokens)
-    host = HostRecords(bed)
+    store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
+    if not store.is_pinned:
+        raise MemoryError("the experts' host memory could not be page-locked: raise ulimit -l")
     timer.say(f"{bed.describe()} is ready")
-    rates = link_rates(host.records_LEP[0], bed.block_EP)  # it holds the same bytes
+    rates = link_rates(store.records_LEP[0], bed.block_EP)  # it holds the same bytes
     link_bytes_per_s = max(rate["median"] for rate in rates.values())
     for way, rate in rates.items():
         timer.say(f"link, {way}: {rate['median'] / 1e9:.1f} GB/s")
@@ -131,10 +133,10 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         forecaster = fitted_forecaster(shape)
         fit_s = time.perf_counter() - started_s
         timer.say(f"forecaster fitted in {fit_s:.0f} s, on other topics")
-    resident = OwnRow(bed, host, "lru", slots=bed.num_experts)
+    resident = OwnRow(bed, store, "lru", slots=bed.num_experts)
     first_rows: list[Row] = [
         resident,
-        OwnRow(bed, host, "lru", slots=bed.num_experts, graph=False),
+        OwnRow(bed, store, "lru", slots=bed.num_experts, graph=False),
     ]
     skipped = {}
     if options.stock:
@@ -193,14 +195,14 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
     measure(first_rows, 1.0)
     for residency in options.residencies:
         slots = slots_at(residency, bed.spec)
-        rows: list[Row] = [resident, HostSyncLru(bed, slots=slots, records_LEP=host.records_LEP)]
+        rows: list[Row] = [resident, HostSyncLru(bed, slots=slots, records_LEP=store.records_LEP)]
         if options.accelerate and ACCELERATE_INSTALLED:
             rows.append(AccelerateOffload(bed, slots=slots))
-        rows += [OwnRow(bed, host, policy, slots=slots) for policy in options.policies]
+        rows += [OwnRow(bed, store, policy, slots=slots) for policy in options.policies]
         if forecaster is not None:
-            rows.append(OwnRow(bed, host, "forecast", slots=slots, predictor=forecaster))
+            rows.append(OwnRow(bed, store, "forecast", slots=slots, predictor=forecaster))
         measure(rows, residency)
-    host.close()
+    store.close()
     result["complete"] = True
     return result
 

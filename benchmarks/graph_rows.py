@@ -1,13 +1,12 @@
-"""Our rows of the decode benchmark: the runtime's cache and kernels, fed with forced routing.
+"""Our rows of the decode benchmark: the runtime's own backend, fed with forced routing.
 
-Every layer's experts are one cache step and one expert step, exactly as the runtime serves them
-(`DeviceCache`, `expert_step`), and the whole step, router to sampled token, is one CUDA graph. The
-benchmark only spares itself what would take minutes: host memory is filled once for all rows, and
-what the warm-up leaves resident is put into the slots in one go instead of being computed with
-token by token.
+Every layer's experts are served by `GpuExperts`, as `attach` has them served, and the whole step,
+router to sampled token, is one CUDA graph. The benchmark only spares itself what would take
+minutes: host memory is filled once for all rows, and what the warm-up leaves resident is put into
+the slots in one go instead of being computed with token by token.
 
-Shape letters: T tokens · N replayed tokens · L MoE layers · C slots · E experts per layer ·
-K experts per token · D hidden · P elements of a record.
+Shape letters: T tokens · N replayed tokens · L MoE layers · E experts per layer · K experts per
+token · D hidden · P elements of a record.
 """
 
 from collections.abc import Callable
@@ -21,56 +20,12 @@ from benchmarks.decode_rows import EAGER_TOKENS, Row, Traffic
 from benchmarks.replay_testbed import ReplayTestbed
 from predictors.base import Predictor
 from predictors.graph import GraphPredictor
-from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
-from runtime.kernels.activation import Activation
+from runtime.gpu_experts import GpuExperts
 from runtime.kernels.copy import copy_records
-from runtime.kernels.experts import expert_step
-from runtime.kernels.tiles import workspace_elements
+from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
-
-
-class HostRecords:
-    """Page-locked host memory for every layer's experts, filled from the testbed's one block.
-
-    Attributes:
-        records_LEP: A tensor [E, P] for each layer.
-        address_LE: int64, of each record, on the device.
-
-    Raises:
-        MemoryError: The system refuses to lock so much memory.
-    """
-
-    def __init__(self, testbed: ReplayTestbed) -> None:
-        block_EP = testbed.block_EP
-        self.records_LEP: list[Tensor] = []
-        self._locked: list[int] = []
-        for _ in range(testbed.num_layers):
-            records_EP = torch.empty(block_EP.shape, dtype=block_EP.dtype)
-            self.records_LEP.append(records_EP)
-            if block_EP.is_cuda:
-                self._lock(records_EP)
-            records_EP.copy_(block_EP, non_blocking=True)
-        self.address_LE = torch.tensor(
-            [[record_P.data_ptr() for record_P in records_EP] for records_EP in self.records_LEP],
-            device=testbed.device,
-        )
-
-    def close(self) -> None:
-        """Unlock and free the memory."""
-        for address in self._locked:
-            _cudart().cudaHostUnregister(address)
-        self._locked.clear()
-        self.records_LEP.clear()
-
-    def _lock(self, records_EP: Tensor) -> None:
-        address, size = records_EP.data_ptr(), records_EP.nbytes
-        error = _cudart().cudaHostRegister(address, size, 0)
-        if int(error):
-            locked = len(self._locked) * size
-            raise MemoryError(f"{size} bytes could not be page-locked ({error}), {locked} were")
-        self._locked.append(address)
 
 
 class OwnRow(Row):
@@ -78,7 +33,7 @@ class OwnRow(Row):
 
     Args:
         testbed: What is decoded.
-        host: All experts in host memory.
+        store: All experts in host memory.
         policy: A name of `runtime.policies.POLICIES`.
         slots: C of every layer.
         predictor: What policies that forecast go by; it runs inside the graph.
@@ -92,7 +47,7 @@ class OwnRow(Row):
     def __init__(
         self,
         testbed: ReplayTestbed,
-        host: HostRecords,
+        store: PinnedStore,
         policy: str,
         *,
         slots: int,
@@ -104,13 +59,9 @@ class OwnRow(Row):
             what = f"{policy} ({predictor.kind})"
         super().__init__(f"ours, {what}{'' if graph else ', eager'}", testbed, slots=slots)
         self.max_tokens = None if graph else EAGER_TOKENS
-        self._host, self._policy, self._with_graph = host, policy, graph
+        self._store, self._policy, self._with_graph = store, policy, graph
         self._layer_of = {moe.experts: moe.layer for moe in testbed.layers}
-        self._activation = Activation.of(testbed.layers[0].experts)
-        elements = workspace_elements(num_tokens=1, top_k=testbed.top_k, layout=testbed.layout)
-        self._workspace = torch.empty(elements, device=testbed.device)
-        self._slots_LCP: list[Tensor] = []
-        self._cache: DeviceCache | None = None
+        self._experts: GpuExperts | None = None
         self._replay: Callable[[], None] | None = None
         self._foresight: Foresight | None = None
         if predictor is not None:
@@ -118,25 +69,14 @@ class OwnRow(Row):
 
     def prepare(self) -> None:
         """Capture the step, then bring the cache to where the warm-up ends."""
-        bed, layout = self.testbed, self.testbed.layout
-        self._slots_LCP = [torch.empty_like(bed.block_EP[: self.slots]) for _ in bed.layers]
-        self._cache = DeviceCache(
-            make_policy(self._policy),
-            num_experts=bed.num_experts,
-            top_k=bed.top_k,
-            num_neurons=layout.expert_intermediate_size,
-            memory=[
-                SlotMemory(
-                    base_address=slots_CP.data_ptr(),
-                    slot_bytes=layout.record_bytes,
-                    num_slots=self.slots,
-                    slot_neurons=layout.expert_intermediate_size,
-                )
-                for slots_CP in self._slots_LCP
-            ],
-            home_address_LE=self._host.address_LE,
-            max_tokens=1,
-            device=bed.device,
+        bed = self.testbed
+        self._experts = GpuExperts(
+            layers=bed.layers,
+            spec=bed.spec,
+            slots=(self.slots,) * bed.num_layers,
+            policy=make_policy(self._policy),
+            store=self._store,
+            staging_buffers=1,  # no prompt is read here
         )
         ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = self._experts_forward
         bed.use_experts(self._IMPLEMENTATION)
@@ -144,7 +84,7 @@ class OwnRow(Row):
         self._replay = self._step_of_the_model()
         self._warm_up()
         bed.rewind()
-        self._cache.counters_LX.zero_()
+        self._experts.cache.counters_LX.zero_()
 
     def step(self) -> None:
         """One decode step, and what a request's end asks for."""
@@ -155,20 +95,15 @@ class OwnRow(Row):
 
     def traffic(self) -> Traffic:
         """What the cache counted on the device."""
-        assert self._cache is not None
-        counts = dict(zip(COUNTERS, self._cache.counters_LX.sum(0).tolist(), strict=True))
-        layout = self.testbed.layout
-        missed_bytes = counts["missed_neurons"] * layout.record_bytes
+        assert self._experts is not None
+        stats = self._experts.stats()
         return Traffic(
-            accesses=counts["accesses"],
-            hits=counts["hits"],
-            missed_bytes=missed_bytes // layout.expert_intermediate_size,
+            accesses=stats.hits + stats.misses, hits=stats.hits, missed_bytes=stats.miss_bytes
         )
 
     def finish(self) -> None:
         """Free graph and slots."""
-        self._replay = self._cache = None
-        self._slots_LCP.clear()
+        self._replay = self._experts = None
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
     def _step_of_the_model(self) -> Callable[[], None]:
@@ -201,34 +136,19 @@ class OwnRow(Row):
     def _experts_forward(
         self, experts: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
-        assert self._cache is not None
-        layer, cache = self._layer_of[experts], self._cache
+        assert self._experts is not None
+        layer, foresight = self._layer_of[experts], self._foresight
         if layer == 0:  # the hook of this layer's router has made the truth ready
-            foresight = self._foresight
-            cache.advance(self.testbed.forced.forecast_LE if foresight is None else foresight.LE)
-        if self._foresight is not None:
-            cache.rescore(layer, self._foresight.on_routed(layer, ids_TK, weights_TK))
-        active = cache.step(layer, ids_TK)
-        output_TD = torch.empty_like(hidden_TD)
-        expert_step(
-            hidden_TD=hidden_TD,
-            topk_expert_ids_TK=ids_TK,
-            topk_weights_TK=weights_TK,
-            active=active,
-            home_address_E=cache.home_address_LE[layer],
-            address_E=cache.address_LE[layer],
-            slot_neurons=cache.memory[layer].slot_neurons,
-            layout=self.testbed.layout,
-            activation=self._activation,
-            workspace=self._workspace,
-            output_TD=output_TD,
-        )
-        return output_TD
+            later_LE = self.testbed.forced.forecast_LE if foresight is None else foresight.LE
+            self._experts.expect(later_LE)
+        if foresight is not None:
+            self._experts.expect(foresight.on_routed(layer, ids_TK, weights_TK), layer)
+        return self._experts.forward(layer, hidden_TD, ids_TK, weights_TK)
 
     def _warm_up(self) -> None:
         """The tokens before the measured ones: decided one by one, their bytes moved at the end."""
-        assert self._cache is not None
-        bed, cache = self.testbed, self._cache
+        assert self._experts is not None
+        bed, cache = self.testbed, self._experts.cache
         cache.reset()
         if self.slots == bed.num_experts:  # all resident: also what no token has asked for yet
             everyone = torch.arange(bed.num_experts + bed.top_k - 1, device=bed.device)
@@ -320,7 +240,3 @@ class Foresight:
         self._position = (self._position + 1) % len(self._starts_N)
         if self._starts_N[self._position]:
             self._module.begin()
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

@@ -34,7 +34,7 @@ from benchmarks.decode import DTYPES
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import record, spread
 from benchmarks.replay_shapes import SHAPES
-from benchmarks.replay_testbed import build_model
+from benchmarks.replay_testbed import build_model, filled_store, use_experts
 from data.adapters import moe_layers, spec_of
 from data.machine import hardware
 from runtime.budget import slots_at
@@ -43,7 +43,6 @@ from runtime.footprint import footprint, skeleton
 from runtime.gpu_experts import GpuExperts
 from runtime.gpu_memory import plan_memory
 from runtime.link import measure_link
-from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 
 _IMPLEMENTATION = "benchmark-prefill"
@@ -134,17 +133,10 @@ class Bed:
         self.layers = moe_layers(self.model)
         self.spec = spec_of(self.model, model_id=self.shape.family)
         self.layout = ExpertLayout.of(self.layers[0].experts)
-        self.store = PinnedStore(
-            layout=self.layout,
-            num_layers=self.spec.num_layers,
-            num_experts=self.spec.num_experts,
-            device=self.device,
-        )
         block_EP = torch.empty(
             self.spec.num_experts, self.layout.record_elements, dtype=self.dtype, device=self.device
         ).normal_(std=self.layout.hidden_size**-0.5)
-        for _ in self.layers:
-            self.store.add_layer().copy_(block_EP)
+        self.store = filled_store(self.layout, self.spec.num_layers, block_EP)
         tokens = 96 if options.small else options.tokens
         self.ids_BT = torch.randint(
             self.shape.config["vocab_size"], (1, tokens), device=self.device
@@ -181,9 +173,7 @@ class Bed:
             return backend.forward(layer_of[experts], *arguments)
 
         ALL_EXPERTS_FUNCTIONS[_IMPLEMENTATION] = forward
-        configs: list[Any] = [moe.experts.config for moe in self.layers]
-        for config in configs:
-            config._experts_implementation = {"": _IMPLEMENTATION}
+        use_experts(self.layers, _IMPLEMENTATION)
         try:
             yield
         finally:

@@ -15,16 +15,18 @@ Shape letters: B requests · T tokens · V vocabulary · E experts per layer · 
 P elements of a record (`runtime.expert_layout`).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from benchmarks.forced_routing import ForcedRouting, Route
 from benchmarks.replay_shapes import Shape
-from data.adapters import expert_parameters, moe_layers, spec_of
+from data.adapters import MoELayer, expert_parameters, moe_layers, spec_of
 from runtime.expert_layout import ExpertLayout
+from runtime.pinned_store import PinnedStore
 
 CONTEXT_TOKENS = 1024  # of the static KV cache: attention costs the same at every position of it
 MAX_TRIAL_TOKENS = 4  # that a row may decode before it starts anew
@@ -133,12 +135,7 @@ class ReplayTestbed:
 
     def use_experts(self, implementation: str) -> None:
         """Choose what computes the experts: a name of transformers' ``ALL_EXPERTS_FUNCTIONS``."""
-        configs: dict[int, Any] = {
-            id(moe.experts.config): moe.experts.config for moe in self.layers
-        }
-        for config in configs.values():
-            # As a mapping, it sets this config alone and leaves its subconfigs as they are.
-            config._experts_implementation = {"": implementation}
+        use_experts(self.layers, implementation)
 
     def use_stock_experts(self) -> None:
         """Give every experts module the shared parameters in the family's own layout."""
@@ -166,6 +163,24 @@ class ReplayTestbed:
         for expert in range(self.num_experts):
             self.layout.unpack(self.block_EP[expert], tensors, expert)
         return {name: nn.Parameter(t, requires_grad=False) for name, t in tensors.items()}
+
+
+def use_experts(layers: Sequence[MoELayer], implementation: str) -> None:
+    """Let a name of transformers' ``ALL_EXPERTS_FUNCTIONS`` compute these layers' experts."""
+    configs: dict[int, Any] = {id(moe.experts.config): moe.experts.config for moe in layers}
+    for config in configs.values():
+        # As a mapping, it sets this config alone and leaves its subconfigs as they are.
+        config._experts_implementation = {"": implementation}
+
+
+def filled_store(layout: ExpertLayout, num_layers: int, block_EP: Tensor) -> PinnedStore:
+    """Host memory for every layer's experts, each a copy of one block of them on the device."""
+    store = PinnedStore(
+        layout=layout, num_layers=num_layers, num_experts=len(block_EP), device=block_EP.device
+    )
+    for _ in range(num_layers):
+        store.add_layer().copy_(block_EP, non_blocking=store.is_pinned)
+    return store
 
 
 def build_model(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:

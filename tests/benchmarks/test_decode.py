@@ -15,11 +15,11 @@ from benchmarks.decode_report import Samples, percentile, summary, text_table
 from benchmarks.decode_rows import Row, StockRow, Traffic
 from benchmarks.decode_timer import Timer
 from benchmarks.forced_routing import Route
-from benchmarks.graph_rows import HostRecords, OwnRow
+from benchmarks.graph_rows import OwnRow
 from benchmarks.offload_baselines import HostSyncLru, matrix_expert
 from benchmarks.options import parse_options
 from benchmarks.replay_shapes import SHAPES
-from benchmarks.replay_testbed import ReplayTestbed
+from benchmarks.replay_testbed import ReplayTestbed, filled_store
 from data.schema import Trace, TraceList
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.forecaster import Forecaster
@@ -181,7 +181,8 @@ def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> Non
             digest="drawn",
         )
     )
-    row = OwnRow(bed, HostRecords(bed), "forecast", slots=3, predictor=forecaster)
+    store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
+    row = OwnRow(bed, store, "forecast", slots=3, predictor=forecaster)
     decode(row)
     plain = ExpertCache(make_policy("forecast"), slots=3, **sizes)
     hits = n = 0
