@@ -46,10 +46,11 @@ from data.router_inputs import LiveInputs
 from data.schema import TraceList, TraceSet
 from data.sources import TraceFile
 from data.store import CollectSettings, TraceStore
+from data.tables import format_table
 from predictors.artifact import artifact_digest, load_artifact, read_manifest, save_artifact
 from predictors.base import FitReport, Predictor
 from predictors.fit.jobs import JOB_FILE, job_record
-from predictors.fit.report import format_table, summary_rows, write_html, write_plots
+from predictors.fit.report import summary_rows, write_html, write_plots
 from predictors.fit.tracking import Tracker
 from predictors.layer_metrics import evaluate_layer_recall, recorded_batches
 from predictors.prefetch_budget import experts_per_layer_of

@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.decode_rows import Traffic
 from benchmarks.record import spread
+from data.tables import format_table
 
 
 @dataclass
@@ -122,12 +123,4 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 def text_table(rows: Sequence[dict[str, Any]]) -> str:
     """For a terminal."""
-    lines = [list(HEADER), *(cells(row) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
+    return format_table(HEADER, [cells(row) for row in rows])

@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.record import record, spread
 from data.cli import parse_cli
-from predictors.fit.report import format_table
+from data.tables import format_table
 from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation

@@ -39,7 +39,7 @@ from data.cli import parse_cli
 from data.importers import load_traces
 from data.schema import Split, TraceList
 from data.splits import split_by_topic
-from predictors.fit.report import format_table
+from data.tables import format_table
 from predictors.forecaster import Forecaster
 from predictors.metrics import evaluate_recall
 from predictors.routing import traces_of

@@ -6,7 +6,6 @@ buffers. Knows nothing of models.
 Shape letters: E records · P elements of a record.
 """
 
-import time
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.record import spread
 from runtime.kernels.copy import copy_records
+from runtime.link import timings_s
 
 REPEATS = 5
 MAX_BYTES = 2**30  # of one measurement
@@ -41,21 +41,12 @@ def link_rates(host_EP: Tensor, device_EP: Tensor) -> dict[str, dict[str, Any]]:
     def threads() -> None:
         copy_records(addresses["source"], addresses["target"], num_bytes_N)
 
-    rates = {}
-    for name, copy in (("copy engine", engine), ("GPU threads", threads)):
-        measured = []
-        for repeat in range(REPEATS + 1):
-            _wait(device_EP)
-            started_s = time.perf_counter()
-            copy()
-            _wait(device_EP)
-            if repeat:  # the first one compiles and touches the pages
-                spent_s = time.perf_counter() - started_s
-                measured.append(num_records * record_bytes / spent_s)
-        rates[name] = spread(measured)
-    return rates
-
-
-def _wait(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize(tensor.device)
+    return {
+        name: spread(
+            [
+                num_records * record_bytes / spent_s
+                for spent_s in timings_s(copy, device_EP.device, repeats=REPEATS)
+            ]
+        )
+        for name, copy in (("copy engine", engine), ("GPU threads", threads))
+    }

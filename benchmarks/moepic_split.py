@@ -36,7 +36,7 @@ from data.cli import parse_cli
 from data.importers import load_traces
 from data.router_inputs import RoutedTokens
 from data.schema import Split, Trace, TraceList
-from predictors.fit.report import format_table
+from data.tables import format_table
 from predictors.markov import Markov
 from predictors.routing import expert_use_TLE, traces_of
 from runtime.cache import ExpertCache

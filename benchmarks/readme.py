@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.record import RESULTS, ROOT
-from predictors.fit.report import format_table, summary_rows
+from data.tables import format_table
+from predictors.fit.report import summary_rows
 
 README = ROOT / "README.md"
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -160,10 +160,15 @@ def expert_compute_s(
     return seconds_of(compute, torch.device(device))
 
 
-def seconds_of(
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Median seconds of ``run`` on an idle device."""
+    return median(timings_s(run, device))
+
+
+def timings_s(
     run: Callable[[], object], device: torch.device, *, repeats: int = _REPEATS
-) -> float:
-    """Median seconds of ``run`` on an idle device, after one call that is not counted."""
+) -> list[float]:
+    """Seconds of each ``run`` on an idle device, after one call that is not counted."""
     spent_s = []
     for repeat in range(repeats + 1):
         _wait(device)
@@ -172,7 +177,7 @@ def seconds_of(
         _wait(device)
         if repeat:
             spent_s.append(time.perf_counter() - started_s)
-    return median(spent_s)
+    return spent_s
 
 
 def _engine_copy_s(source: Tensor, target: Tensor, size: int) -> float:

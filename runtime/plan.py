@@ -28,6 +28,7 @@ from data.errors import ModelNotFoundError, MoecastError
 from data.importers import load_traces
 from data.machine import memory_bytes
 from data.models import DTYPES, EMBEDDED
+from data.tables import format_table
 from data.tiny_moe import TINY_MOE_DIR
 from runtime.budget import slots_at
 from runtime.expected_speed import expected_speed, resident_step_s, rough_hit_ratio
@@ -297,7 +298,7 @@ def format_report(values: dict[str, Any]) -> str:
         f"compute: {values['compute_from']}",
     ]
     header = ["", "policy", "GiB", "slots", "resident %", "hit %", "MB/token", "tok/s", "serial"]
-    cells = [header]
+    cells = []
     for row in values["rows"]:
         speeds = (row["bound_tokens_per_s"], row["serial_tokens_per_s"])
         cells.append(
@@ -312,11 +313,7 @@ def format_report(values: dict[str, Any]) -> str:
                 *("-" if speed is None else f"{speed:.1f}" for speed in speeds),
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells:
-        padded = (cell.rjust(width) for cell, width in zip(line, widths, strict=True))
-        lines.append("  ".join(padded))
-    return "\n".join([*lines, *values["advice"]])
+    return "\n".join([*lines, format_table(header, cells), *values["advice"]])
 
 
 def main(argv: Sequence[str]) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from data.files import atomic_path, write_json
+from data.tables import format_table
 from predictors.fit.board import Board, board_json, board_rows, make_boards
 from predictors.fit.board_plots import Drawn, draw_board
 from predictors.fit.jobs import Job, read_jobs
-from predictors.fit.report import format_table
 
 PUBLISHED = Path(__file__).with_name("published.json")
 PUBLISHED_FIELDS = ("system", "model", "metric", "value", "source")

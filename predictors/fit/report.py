@@ -7,7 +7,7 @@ Shape letters: L MoE layers · E experts per layer.
 
 import base64
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +165,6 @@ def _replay_cell(row: Mapping[str, Any] | None) -> str:
         return ""
     gap = row["gap_closed"]
     return _percent(row["hit_ratio"]) + ("" if gap is None else f" ({100 * gap:+.0f} %)")
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain-text table: first column left-aligned, the others right-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = []
-    for row in [header, ["-" * width for width in widths], *rows]:
-        first = row[0].ljust(widths[0])
-        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
-        lines.append("  ".join([first, *rest]).rstrip())
-    return "\n".join(lines)
 
 
 def write_html(evaluation: Mapping[str, Any], plots: Mapping[str, Path], path: Path) -> None:

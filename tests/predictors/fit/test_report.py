@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from predictors.fit.report import format_table, summary_rows, write_html, write_plots
+from data.tables import format_table
+from predictors.fit.report import summary_rows, write_html, write_plots
 
 
 def replay(
