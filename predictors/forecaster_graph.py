@@ -99,7 +99,7 @@ class ForecasterGraph(GraphPredictor):
         super().__init__()
         B, (L, E), W = batch_size, popularity_LE.shape, COPY_WINDOW
         self.nets = nn.ModuleList(nets)
-        self._top_k, self._num_known, self._discounts = top_k, len(token_ids_V), tuple(discounts)
+        self._top_k, self._num_known = top_k, len(token_ids_V)
 
         def buffer(name: str, value: Tensor) -> None:
             self.register_buffer(name, value.clone(), persistent=False)
@@ -118,6 +118,10 @@ class ForecasterGraph(GraphPredictor):
             buffer(f"used_{n}_BLGE", torch.zeros(B, L, len(discounts), E))
             buffer(f"carry_{n}_BQ", torch.zeros(B, net.carry.out_features))
             buffer(f"carried_{n}_BQ", torch.zeros(B, net.carry.out_features))
+            # What a use adds through its own row and the averages, whatever the past.
+            own_RLGE, rates_D = net.own_later_RLGE.detach(), 1 - torch.tensor(DECAYS)
+            averages_LGE = torch.einsum("d,dlge->lge", rates_D, own_RLGE[2 : NUM_PAST - 1])
+            buffer(f"gain_{n}_LGE", own_RLGE[1] + averages_LGE)
         # Constants are buffers, too: made inside a graph they would be copies from the host.
         buffer("first_past_RLE", first_past_RLE(popularity_LE))
         buffer("decays_D", torch.tensor(DECAYS))
@@ -271,11 +275,9 @@ class ForecasterGraph(GraphPredictor):
             own_RLGE = net.own_later_RLGE
             unused_BLGE = torch.einsum("rble,rlge->blge", unused_RBLE[2:], own_RLGE[2:])
             said.later_BLGE.copy_(before.later_BLGE + unused_BLGE)
-            gains_LGE = own_RLGE[1] + torch.einsum(
-                "d,dlge->lge", 1 - self.decays_D, own_RLGE[2 : NUM_PAST - 1]
-            )
             age_BL1E = unused_RBLE[NUM_PAST - 1][:, :, None]
-            said.used_BLGE.copy_(gains_LGE - age_BL1E * own_RLGE[NUM_PAST - 1])
+            gain_LGE = self.get_buffer(f"gain_{n}_LGE")
+            said.used_BLGE.copy_(gain_LGE - age_BL1E * own_RLGE[NUM_PAST - 1])
             said.carry_BQ.copy_(before.carry_BQ)
             next_BLE = next_BLE + before.next_BLE.sigmoid() / len(self.nets)
             ahead_BLE = ahead_BLE + before.ahead_BLE.sigmoid() / len(self.nets)

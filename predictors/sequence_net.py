@@ -11,6 +11,7 @@ Shape letters: B windows · M requests in a window, oldest first · L MoE layers
 · D hidden.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal, get_args
 
 import torch
@@ -108,7 +109,7 @@ def make_backbone(
     return backbone
 
 
-class SequenceNet(nn.Module):
+class SequenceNet(nn.Module, ABC):
     """What both forms share: input scaling, backbone, and a head of E logits per layer.
 
     Args:
@@ -150,6 +151,7 @@ class SequenceNet(nn.Module):
         self.head_LED = nn.Parameter(torch.zeros(*popularity_LE.shape, hidden_size))
         self.bias_LE = nn.Parameter(torch.zeros_like(popularity_LE))
 
+    @abstractmethod
     def forward(self, window_BMLE: Tensor, next_BLE: Tensor | None = None) -> Tensor:
         """Logits float32 [B, L, E] of the share of the next request's tokens per expert.
 
@@ -157,7 +159,6 @@ class SequenceNet(nn.Module):
             window_BMLE: float32 use of the requests before it.
             next_BLE: Its own use, which training may teach with; never given when forecasting.
         """
-        raise NotImplementedError
 
     def _scaled(self, use: Tensor) -> Tensor:
         return (use - self.popularity_LE) / self.scale

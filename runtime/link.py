@@ -2,8 +2,7 @@
 
 What is measured on a CUDA device: the copy engine from pinned and from pageable memory, by size;
 copies by threads of the GPU from pinned memory; the rate of the GPU's own memory. `fit_link` makes
-of the first the two numbers that plans, prefill and the simulator's clock reckon with: seconds of
-one copy = latency + bytes / rate. `expert_compute_s` times one expert's matrix products.
+of the first the two numbers that plans reckon with: seconds of one copy = latency + bytes / rate.
 
 On a machine without a GPU nothing is measured: `measure_link` returns None, and callers say so or
 take rates that they are given. Knows nothing of caches, budgets or forward passes.
@@ -13,14 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-
-from runtime.expert_layout import ExpertLayout
-from runtime.experts import expert_forward
-from runtime.metrics import Clock
+from torch import Tensor
 
 SIZES_BYTES = (2**16, 2**18, 2**20, 2**22, 2**24, 2**26)  # 64 KiB .. 64 MiB
 _COPIES = 8  # of one size, back to back, in one timing
@@ -55,14 +49,6 @@ class LinkRates:
     def copy_s(self, num_bytes: int, copies: int = 1) -> float:
         """Seconds for ``num_bytes`` in all, in so many copies one after the other."""
         return copies * self.latency_s + num_bytes / self.bytes_per_s
-
-    def clock(self, compute_s_per_layer: float = 0.0) -> Clock:
-        """The simulator's clock at these rates."""
-        return Clock(
-            link_bytes_per_s=self.bytes_per_s,
-            link_latency_s=self.latency_s,
-            compute_s_per_layer=compute_s_per_layer,
-        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,31 +119,6 @@ def measure_link(device: torch.device | str) -> LinkReport | None:
         device_bytes_per_s=2 * half / device_s,
         spent_s=time.perf_counter() - started_s,
     )
-
-
-def expert_compute_s(
-    experts: Any, layout: ExpertLayout, *, device: torch.device | str, num_tokens: int = 1
-) -> float:
-    """Seconds of one expert's matrix products for ``num_tokens`` tokens, weights on ``device``.
-
-    An upper bound for decode, whose own kernel reads an expert in one pass.
-
-    Args:
-        experts: The experts module, for its activation.
-        layout: Of the record.
-        device: Where the record lies.
-        num_tokens: T.
-    """
-    assert isinstance(experts, nn.Module)
-    place = {"dtype": layout.dtype, "device": torch.device(device)}
-    record_P = torch.zeros(layout.record_elements, **place)  # type: ignore[call-overload]
-    hidden_TD = torch.zeros(num_tokens, layout.hidden_size, **place)  # type: ignore[call-overload]
-
-    def compute() -> None:
-        with torch.no_grad():
-            expert_forward(experts, layout, record_P, hidden_TD)
-
-    return seconds_of(compute, torch.device(device))
 
 
 def seconds_of(run: Callable[[], object], device: torch.device) -> float:

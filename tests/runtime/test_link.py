@@ -5,10 +5,7 @@ import time
 import pytest
 import torch
 
-from data.adapters import moe_layers
-from runtime.expert_layout import ExpertLayout
-from runtime.link import LinkRates, expert_compute_s, fit_link, measure_link, seconds_of
-from tests.families import tiny_model
+from runtime.link import LinkRates, fit_link, measure_link, seconds_of
 
 CPU = torch.device("cpu")
 SIZES = [2**16, 2**20, 2**24, 2**26]
@@ -35,9 +32,6 @@ def test_copies_one_after_the_other_cost_their_latencies_and_their_bytes() -> No
     rates = LinkRates(bytes_per_s=10.0, latency_s=0.5)
     assert rates.copy_s(20) == 2.5
     assert rates.copy_s(20, copies=3) == 3.5
-    clock = rates.clock(compute_s_per_layer=4.0)
-    assert clock.link_s(3, 20) == 3.5
-    assert clock.serial_s(layer_calls=2, misses=3, miss_bytes=20) == 11.5
 
 
 @pytest.mark.parametrize(
@@ -63,11 +57,6 @@ def test_the_first_call_is_not_timed() -> None:
 
     assert 0.001 <= seconds_of(run, CPU) < 0.04
     assert len(calls) == 4
-
-
-def test_one_expert_is_timed_with_its_own_activation() -> None:
-    experts = moe_layers(tiny_model("gpt_oss"))[0].experts
-    assert 0 < expert_compute_s(experts, ExpertLayout.of(experts), device="cpu", num_tokens=3) < 1
 
 
 @pytest.mark.gpu
