@@ -17,6 +17,7 @@ What is written after each residency is whole, so that a run that is cut leaves 
 Ends with one line of JSON; ``out=benchmarks/results/decode_<shape>.json`` keeps it.
 """
 
+import functools
 import gc
 import resource
 import sys
@@ -46,6 +47,7 @@ from data.files import write_json
 from data.machine import hardware
 from predictors.forecaster import Forecaster
 from runtime.budget import slots_at
+from runtime.compiled_layers import CompiledLayers
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -67,6 +69,8 @@ class Options:
         accelerate: Time accelerate's offloading, a token a repeat.
         stock: Time transformers' own experts, all resident.
         compile: Time torch.compile on them too, which takes minutes to compile.
+        compile_layers: Compile what lies between the experts of our rows (two to three seconds a
+            layer, once), and time the resident row without it, too.
         small: 2 layers of 8 small experts with drawn routing, for a CPU.
         model: For live: tiny_moe or a folder.
         device: auto, cpu or cuda.
@@ -84,6 +88,7 @@ class Options:
     accelerate: bool = True
     stock: bool = True
     compile: bool = False
+    compile_layers: bool = False
     small: bool = False
     model: str = "tiny_moe"
     device: str = "auto"
@@ -105,7 +110,7 @@ class Options:
 
 def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Measure all rows on the replay testbed; ``keep`` gets what is there after each residency."""
-    device = _device(options)
+    device = pick_device(options.device)
     if device.type == "cpu" and not triton.knobs.runtime.interpret:
         raise ValueError("device=cpu: set TRITON_INTERPRET=1, the kernels' only way to run there")
     shape = SHAPES[options.shape]
@@ -133,11 +138,15 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         forecaster = fitted_forecaster(shape)
         fit_s = time.perf_counter() - started_s
         timer.say(f"forecaster fitted in {fit_s:.0f} s, on other topics")
-    resident = OwnRow(bed, store, "lru", slots=bed.num_experts)
+    compiled = CompiledLayers(bed.model) if options.compile_layers else None
+    own_row = functools.partial(OwnRow, bed, store, compiled=compiled)
+    resident = own_row("lru", slots=bed.num_experts)
     first_rows: list[Row] = [
         resident,
-        OwnRow(bed, store, "lru", slots=bed.num_experts, graph=False),
+        OwnRow(bed, store, "lru", slots=bed.num_experts, graph=False, same_bits=compiled is None),
     ]
+    if compiled is not None:
+        first_rows.append(OwnRow(bed, store, "lru", slots=bed.num_experts, same_bits=False))
     skipped = {}
     if options.stock:
         first_rows += [StockRow(bed, name) for name in ("eager", "grouped_mm")]
@@ -198,9 +207,9 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         rows: list[Row] = [resident, HostSyncLru(bed, slots=slots, records_LEP=store.records_LEP)]
         if options.accelerate and ACCELERATE_INSTALLED:
             rows.append(AccelerateOffload(bed, slots=slots))
-        rows += [OwnRow(bed, store, policy, slots=slots) for policy in options.policies]
+        rows += [own_row(policy, slots=slots) for policy in options.policies]
         if forecaster is not None:
-            rows.append(OwnRow(bed, store, "forecast", slots=slots, predictor=forecaster))
+            rows.append(own_row("forecast", slots=slots, predictor=forecaster))
         measure(rows, residency)
     store.close()
     result["complete"] = True
@@ -215,9 +224,10 @@ def fitted_forecaster(shape: Shape) -> Forecaster:
     return forecaster
 
 
-def _device(options: Options) -> torch.device:
-    if options.device != "auto":
-        return torch.device(options.device)
+def pick_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -236,7 +246,7 @@ def main(argv: Sequence[str]) -> None:
         if options.shape == "live":
             result = live_testbed.measure_live(
                 options.model,
-                device=_device(options),
+                device=pick_device(options.device),
                 dtype=options.dtype,
                 residencies=options.residencies,
                 policies=[p for p in options.policies if p != "belady"],

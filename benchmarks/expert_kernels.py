@@ -16,8 +16,9 @@ must be below 1e-2. Times are of CUDA graphs of several layers' worth, so that w
 hold is read once. Ends with one JSON line; ``out=benchmarks/results/expert_kernels.json`` keeps it.
 """
 
+import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,13 @@ from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
 from runtime.kernels.experts import expert_step, expert_step_reference
-from runtime.kernels.tiles import DEFAULT_TILES, Tiles, workspace_elements
+from runtime.kernels.tiles import (
+    DEFAULT_TILES,
+    Stream,
+    Tiles,
+    stream_for,
+    workspace_elements,
+)
 
 SHAPES = {  # D, F, E, K, biases
     "gptoss20b": (2880, 2880, 32, 4, True),
@@ -40,7 +47,16 @@ SHAPES = {  # D, F, E, K, biases
     "dsv2lite": (2048, 1408, 64, 6, False),
     "small": (64, 128, 8, 2, True),
 }
-TILES = [Tiles(f, d, w) for f in (16, 32, 64) for d in (64, 128) for w in (4, 8)]
+TILES = [
+    *(Tiles(32, 64, 4, stages) for stages in (3, 5)),
+    *(Tiles(32, 128, 4, stages) for stages in (3, 5)),
+    *(Tiles(64, 64, 4, stages) for stages in (3, 5)),
+]
+STREAMS = [
+    Stream(neurons, step, num_warps)
+    for neurons in (24, 32, 48, 88)
+    for step, num_warps in ((1, 4), (1, 8), (2, 8), (2, 16), (4, 8))
+]
 PLACES = ("resident", "half", "write-through", "in place")
 MOST_BYTES = 4 << 30  # of records on each side
 
@@ -114,10 +130,10 @@ class Bed:
             torch.tensor(present, dtype=torch.int32, device=self.device),
         )
 
-    def steps(self, place: str, tiles: Tiles) -> list[Callable[[], None]]:
+    def steps(self, place: str, cut: Mapping[str, Any]) -> list[Callable[[], None]]:
         """One step of every layer."""
         size = workspace_elements(
-            num_tokens=len(self.ids_TK), top_k=self.K, layout=self.layout, tiles=tiles
+            num_tokens=len(self.ids_TK), top_k=self.K, layout=self.layout, **cut
         )
         workspace = torch.full((size,), torch.nan, device=self.device)
 
@@ -137,7 +153,7 @@ class Bed:
                 workspace=workspace,
                 output_TD=self.output_TD,
                 write_through=place != "in place",
-                tiles=tiles,
+                **cut,
             )
 
         return [step_of(layer) for layer in range(self.layers)]
@@ -215,19 +231,22 @@ def main(argv: Sequence[str]) -> None:
     for name in args.shapes:
         for num_tokens in args.tokens:
             bed = Bed(name, num_tokens, device)
-            tried = [DEFAULT_TILES]
+            kind = "stream" if num_tokens == 1 else "tiles"
+            tried: Sequence[Stream | Tiles] = [
+                stream_for(bed.layout) if num_tokens == 1 else DEFAULT_TILES
+            ]
             if args.all_tiles:
-                tried = TILES
+                tried = STREAMS if num_tokens == 1 else TILES
             for place in args.places:
                 for tiles in tried:
-                    steps = bed.steps(place, tiles)
+                    steps = bed.steps(place, {kind: tiles})
                     error = bed.error_of(steps[0])
                     assert error < 1e-2, f"{name}, {num_tokens} tokens, {place}, {tiles}: {error}"
                     case: dict[str, Any] = {
                         "shape": name,
                         "tokens": num_tokens,
                         "place": place,
-                        "tiles": [tiles.neurons, tiles.columns, tiles.num_warps],
+                        "tiles": list(dataclasses.astuple(tiles)),
                         "relative_error": error,
                     }
                     if device.type == "cuda":  # the interpreter's times mean nothing

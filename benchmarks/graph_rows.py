@@ -20,10 +20,12 @@ from benchmarks.decode_rows import EAGER_TOKENS, Row, Traffic
 from benchmarks.replay_testbed import ReplayTestbed
 from predictors.base import Predictor
 from predictors.graph import GraphPredictor
+from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.gpu_experts import GpuExperts
 from runtime.kernels.copy import copy_records
 from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
+from runtime.static_kv import one_position
 
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
 
@@ -39,9 +41,11 @@ class OwnRow(Row):
         predictor: What policies that forecast go by; it runs inside the graph.
         graph: Replay the step as a graph (on a CPU, which has none, it is called again); False lets
             the host launch every kernel.
+        compiled: What lies between the experts, compiled; rows may share it.
+        same_bits: Whether its logits must be the first row's to the bit: not where one of them is
+            compiled and the other is not.
     """
 
-    same_bits = True
     _IMPLEMENTATION = "benchmark-own"
 
     def __init__(
@@ -53,14 +57,19 @@ class OwnRow(Row):
         slots: int,
         predictor: Predictor | None = None,
         graph: bool = True,
+        compiled: CompiledLayers | None = None,
+        same_bits: bool = True,
     ) -> None:
         what = "all resident" if slots == testbed.num_experts else policy
         if predictor is not None:
             what = f"{policy} ({predictor.kind})"
-        super().__init__(f"ours, {what}{'' if graph else ', eager'}", testbed, slots=slots)
+        how = ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
+        super().__init__(f"ours, {what}{how}", testbed, slots=slots)
+        self.same_bits = same_bits
         self.max_tokens = None if graph else EAGER_TOKENS
         self._store, self._policy, self._with_graph = store, policy, graph
         self._layer_of = {moe.experts: moe.layer for moe in testbed.layers}
+        self._compiled = compiled
         self._experts: GpuExperts | None = None
         self._replay: Callable[[], None] | None = None
         self._foresight: Foresight | None = None
@@ -78,7 +87,9 @@ class OwnRow(Row):
             store=self._store,
             staging_buffers=1,  # no prompt is read here
         )
-        ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = self._experts_forward
+        ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = (
+            self._experts_forward if self._compiled is None else not_compiled(self._experts_forward)
+        )
         bed.use_experts(self._IMPLEMENTATION)
         bed.rewind()
         self._replay = self._step_of_the_model()
@@ -107,10 +118,14 @@ class OwnRow(Row):
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
     def _step_of_the_model(self) -> Callable[[], None]:
-        bed = self.testbed
+        bed, compiled = self.testbed, self._compiled
 
         def step() -> None:
-            bed.step(bed.model)
+            if compiled is None:
+                bed.step(bed.model)
+            else:
+                with compiled.in_use(), one_position(bed.kv, tokens=1):
+                    bed.step(bed.model)
             if self._foresight is not None:
                 self._foresight.on_token()
 

@@ -21,6 +21,7 @@ import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,7 +31,8 @@ from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
 
 from runtime.backend import OffloadStats
-from runtime.static_kv import KVPool, addresses, positions, set_positions, why_not_capturable
+from runtime.compiled_layers import CompiledLayers
+from runtime.static_kv import KVPool, addresses, one_position, why_not_capturable
 
 logger = logging.getLogger(__name__)
 
@@ -125,12 +127,23 @@ class DecodeGraph:
         model: A transformers model whose decode step never waits for the host.
         recorder: Captures the steps.
         max_batch: The most rows of a step that is captured.
+        compiled: The model's layers, for the steps that are captured; None leaves them as they are.
     """
 
-    def __init__(self, model: Any, *, recorder: Recorder, max_batch: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        recorder: Recorder,
+        max_batch: int,
+        compiled: CompiledLayers | None = None,
+    ) -> None:
         self._model = model
         self._recorder = recorder
         self._max_batch = max_batch
+        self._compiled: Callable[[], AbstractContextManager[None]] = (
+            nullcontext if compiled is None else compiled.in_use
+        )
         self._eager: Callable[..., Any] = model.forward
         self._steps: dict[Any, _Step] = {}
         self._failed: dict[Any, str] = {}
@@ -234,32 +247,35 @@ class DecodeGraph:
                 self._steps.pop(next(iter(self._steps)))  # the oldest
             step = self._steps[key] = _Step(inputs)
         step.copy_in(inputs)
-        counts = positions(cache)
-        if not step.has_run:
-            output = without_cache(self._eager(**step.inputs, past_key_values=cache))
-            step.has_run = True
-            self._eager_calls["first of its kind"] += 1
-        else:
+        if step.has_run and step.replay is None:
+            try:
+                step.replay = self._record(step, cache)
+            except RuntimeError as error:
+                # Nothing has been computed yet. A device that is broken will say so again.
+                self._steps.pop(key)
+                self._failed[key] = "a step that cannot be captured"
+                logger.warning("A decode step could not be captured: %s", error)
+                return self._forward(**inputs, past_key_values=cache)
+        with one_position(cache, tokens=1):  # the host's own counting is not in the graph
             if step.replay is None:
-                try:
-                    step.replay = self._record(step, cache)
-                except RuntimeError as error:
-                    # Nothing has been computed yet. A device that is broken will say so again.
-                    set_positions(cache, counts)
-                    self._steps.pop(key)
-                    self._failed[key] = "a step that cannot be captured"
-                    logger.warning("A decode step could not be captured: %s", error)
-                    return self._forward(**inputs, past_key_values=cache)
-            output = step.replay(cache)
-            self._replays += 1
-        set_positions(cache, counts, advance=1)  # the host's own counting is not in the graph
+                with self._compiled():
+                    output = without_cache(self._eager(**step.inputs, past_key_values=cache))
+                step.has_run = True
+                self._eager_calls["first of its kind"] += 1
+            else:
+                output = step.replay(cache)
+                self._replays += 1
         return _copy_out(output, cache)
 
     def _record(self, step: _Step, cache: Cache) -> _StepFn:
         inputs = step.inputs
-        replay = self._recorder.record(
-            lambda cache: self._eager(**inputs, past_key_values=cache), cache
-        )
+
+        def run(cache: Cache) -> Any:
+            with self._compiled():
+                return self._eager(**inputs, past_key_values=cache)
+
+        with one_position(cache, tokens=0):
+            replay = self._recorder.record(run, cache)
         self._captures += 1
         logger.info("Captured a decode step of %d rows", len(inputs["input_ids"]))
         return replay

@@ -3,8 +3,8 @@
 A CUDA graph replays addresses, and none of the host's own steps. transformers' static cache has
 fixed addresses, but two habits that a graph cannot follow: sliding layers count positions in a
 Python integer too, and once full they build an index tensor on the host. `capturable` replaces such
-layers by ones that compute the same from device operations alone, and `positions` lets the graph's
-owner keep the integers right.
+layers by ones that compute the same from device operations alone, and `one_position` keeps the
+integers right around a replay.
 
 `KVPool` also gives ``model.generate`` the memory of the last generation again, since a new address
 would mean a new capture for every request.
@@ -13,7 +13,8 @@ Shape letters: B requests.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -76,16 +77,25 @@ def addresses(cache: Cache) -> tuple[tuple[int, ...], ...]:
     )
 
 
-def positions(cache: Cache) -> list[int | None]:
-    """The integers that count positions on the host; None for layers that have none."""
-    return [getattr(layer, "cumulative_length_int", None) for layer in cache.layers]
+@contextmanager
+def one_position(cache: Cache, *, tokens: int) -> Iterator[None]:
+    """Within, the host's integers say no more than whether a window is full.
 
-
-def set_positions(cache: Cache, counts: Sequence[int | None], *, advance: int = 0) -> None:
-    """Set what `positions` gave, each plus ``advance``."""
-    for layer, count in zip(cache.layers, counts, strict=True):
-        if count is not None:
-            layer.cumulative_length_int = count + advance
+    What is captured or compiled there cannot depend on more. At the end each has counted
+    ``tokens``, or none if there was an error.
+    """
+    counted = [layer for layer in cache.layers if hasattr(layer, "cumulative_length_int")]
+    counts = [layer.cumulative_length_int for layer in counted]
+    for layer, count in zip(counted, counts, strict=True):
+        is_full = count >= layer.max_cache_len
+        layer.cumulative_length_int = layer.max_cache_len if is_full else 0
+    new_tokens = 0
+    try:
+        yield
+        new_tokens = tokens
+    finally:
+        for layer, count in zip(counted, counts, strict=True):
+            layer.cumulative_length_int = count + new_tokens
 
 
 class KVPool:

@@ -23,33 +23,23 @@ from torch import Tensor
 from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import KINDS, Activation
-from runtime.kernels.tiles import DEFAULT_TILES, MAX_TOKENS, Tiles, workspace_elements
+from runtime.kernels.gates import activate
+from runtime.kernels.one_token import one_token_chunks
+from runtime.kernels.tiles import (
+    DEFAULT_TILES,
+    MAX_TOKENS,
+    Stream,
+    Tiles,
+    stream_for,
+    workspace_elements,
+)
 
 _TRITON_DTYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
-_REDUCED_CHUNKS, _REDUCED_COLUMNS = 64, 32  # of one tile of the second kernel
-
-
-@triton.jit
-def _activate(gate, up, KIND: tl.constexpr, HAS_GATE: tl.constexpr, ALPHA, LIMIT):
-    x = gate if HAS_GATE else up
-    if KIND == 0:
-        y = x * tl.sigmoid(x)
-    elif KIND == 1:
-        y = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif KIND == 2:
-        z = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-        y = 0.5 * x * (1.0 + (2.0 * tl.sigmoid(2.0 * z) - 1.0))
-    elif KIND == 3:
-        y = tl.maximum(x, 0.0)
-    else:
-        clamped = tl.minimum(gate, LIMIT)
-        y = clamped * tl.sigmoid(ALPHA * clamped)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-    return y * up if HAS_GATE else y
+_REDUCED_CHUNKS, _REDUCED_COLUMNS = 128, 16  # of one tile of the second kernel
 
 
 @triton.jit
@@ -148,7 +138,7 @@ def _chunks(
             gate_bias = tl.load(biases + f * (R - 1), mask=f_inside, other=0.0).to(tl.float32)
             up += up_bias[None, :]
             gate += gate_bias[None, :]
-        inner = _activate(gate, up, KIND, R == 3, ALPHA, LIMIT)
+        inner = activate(gate, up, KIND, R == 3, ALPHA, LIMIT)
 
         for start in range(0, D, BD):
             d = start + tl.arange(0, BD)
@@ -229,6 +219,7 @@ def expert_step(
     output_TD: Tensor,
     write_through: bool = True,
     tiles: Tiles = DEFAULT_TILES,
+    stream: Stream | None = None,
 ) -> None:
     """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
 
@@ -248,25 +239,28 @@ def expert_step(
         workspace: float32, at least `workspace_elements`.
         output_TD: Contiguous; every element is written.
         write_through: Put what is read at home into the slots that experts have.
-        tiles: How the work is cut.
+        tiles: How the work is cut for several tokens.
+        stream: For one; None takes `stream_for` the layout.
 
     Raises:
         ValueError: Too many tokens, a tensor that is not contiguous, or too small a workspace.
     """
     (T, D), K = hidden_TD.shape, topk_expert_ids_TK.shape[1]
+    stream = stream or stream_for(layout)
     if not 1 <= T <= MAX_TOKENS:
         raise ValueError(f"{T} tokens: must be in 1..{MAX_TOKENS}")
     if not all(
         x.is_contiguous() for x in (hidden_TD, topk_expert_ids_TK, topk_weights_TK, output_TD)
     ):
         raise ValueError("hidden states, expert ids, weights and output must be contiguous")
-    elements = workspace_elements(num_tokens=T, top_k=K, layout=layout, tiles=tiles)
+    elements = workspace_elements(num_tokens=T, top_k=K, layout=layout, tiles=tiles, stream=stream)
     if workspace.numel() < elements:
         raise ValueError(f"workspace of {workspace.numel()} elements: {elements} are needed")
     F, R = layout.expert_intermediate_size, layout.num_rows
-    num_chunks = math.ceil(F / tiles.neurons)
+    num_chunks = math.ceil(F / (stream if T == 1 else tiles).neurons)
     dtype = _TRITON_DTYPES[layout.dtype]
-    _chunks[(num_chunks, active.expert_A.shape[0])](
+    grid = (num_chunks, active.expert_A.shape[0])
+    operands = (
         hidden_TD,
         topk_expert_ids_TK,
         active.num_1,
@@ -275,28 +269,50 @@ def expert_step(
         active.present_A,
         home_address_E,
         workspace,
-        T,
-        D,
-        F,
-        slot_neurons,
-        num_chunks,
-        activation.alpha,
-        activation.limit,
-        K=K,
-        K_BLOCK=triton.next_power_of_2(K),
-        T_BLOCK=16 if T <= 16 else 32,  # tensor cores take no fewer rows
-        R=R,
-        HAS_BIAS=layout.has_bias,
-        WRITE=write_through,
-        KIND=KINDS.index(activation.kind),
-        DTYPE=dtype,
-        # The interpreter has no products of bfloat16; in float32 they are as exact.
-        DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
-        ALIGNED=D * layout.dtype.itemsize % 16 == 0,
-        BF=tiles.neurons,
-        BD=tiles.columns,
-        num_warps=tiles.num_warps,
     )
+    gate = (activation.alpha, activation.limit)
+    constants = {
+        "K": K,
+        "K_BLOCK": triton.next_power_of_2(K),
+        "R": R,
+        "HAS_BIAS": layout.has_bias,
+        "WRITE": write_through,
+        "KIND": KINDS.index(activation.kind),
+        "DTYPE": dtype,
+        "ALIGNED": D * layout.dtype.itemsize % 16 == 0,
+    }
+    if T == 1:
+        one_token_chunks[grid](
+            *operands,
+            D,
+            F,
+            slot_neurons,
+            num_chunks,
+            *gate,
+            **constants,
+            CHUNK=stream.neurons,
+            STEP=stream.step,
+            D_BLOCK=triton.next_power_of_2(D),
+            num_warps=stream.num_warps,
+        )
+    else:
+        _chunks[grid](
+            *operands,
+            T,
+            D,
+            F,
+            slot_neurons,
+            num_chunks,
+            *gate,
+            **constants,
+            T_BLOCK=16 if T <= 16 else 32,  # tensor cores take no fewer rows
+            # The interpreter has no products of bfloat16; in float32 they are as exact.
+            DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
+            BF=tiles.neurons,
+            BD=tiles.columns,
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
     # A slot that holds tops only has no biases: they are read at home.
     _reduce[(triton.cdiv(D, _REDUCED_COLUMNS), T)](
         workspace,

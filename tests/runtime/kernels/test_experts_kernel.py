@@ -11,7 +11,7 @@ from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
 from runtime.kernels.experts import expert_step, expert_step_reference
-from runtime.kernels.tiles import MAX_TOKENS, Tiles, workspace_elements
+from runtime.kernels.tiles import MAX_TOKENS, Stream, Tiles, workspace_elements
 from tests.devices import KERNEL_DEVICE
 
 E, K = 5, 2
@@ -28,8 +28,7 @@ SILU = Activation("silu")
 CLAMPED = Activation("clamped", alpha=1.702, limit=2.0)
 
 
-def tiles_for(num_tokens: int) -> Tiles:
-    return Tiles(16, 32, 4) if num_tokens == 1 else Tiles(32, 16, 4)
+CUT = {"tiles": Tiles(32, 16, 4, 3), "stream": Stream(24, 4, 4)}  # not a divisor of 64
 
 
 class Bed:
@@ -85,7 +84,7 @@ class Bed:
         T = len(self.hidden_TD)
         active, address_E = self.active(present or {}, slotted or set())
         home_E = torch.tensor([record.data_ptr() for record in self.records_EP])
-        size = workspace_elements(num_tokens=T, top_k=K, layout=self.layout, tiles=tiles_for(T))
+        size = workspace_elements(num_tokens=T, top_k=K, layout=self.layout, **CUT)
         output_TD = torch.full_like(self.hidden_TD, torch.nan)
         expert_step(
             hidden_TD=self.hidden_TD,
@@ -100,7 +99,7 @@ class Bed:
             workspace=torch.full((size,), torch.nan, device=KERNEL_DEVICE),
             output_TD=output_TD,
             write_through=write_through,
-            tiles=tiles_for(T),
+            **CUT,
         )
         return output_TD
 

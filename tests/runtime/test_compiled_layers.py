@@ -1,0 +1,96 @@
+"""Decoder layers that are compiled for decode steps only: same answers, few programs, no traces."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from runtime.compiled_layers import CompiledLayers, not_compiled
+from runtime.decode_graph import DecodeGraph, PlainRecorder
+from runtime.engine import attach
+from tests.families import tiny_model
+
+PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
+NEW_TOKENS = 10
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def model_of(family: str, **overrides: Any) -> Any:
+    model = tiny_model(family, **overrides)
+    model.set_experts_implementation("batched_mm")
+    return model
+
+
+def generate(model: Any) -> torch.Tensor:
+    answer: torch.Tensor = model.generate(
+        PROMPT,
+        attention_mask=torch.ones_like(PROMPT),
+        do_sample=False,
+        max_new_tokens=NEW_TOKENS,
+        min_new_tokens=NEW_TOKENS,
+        pad_token_id=0,
+    )
+    return answer
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_decode_steps_say_the_same_compiled_and_positions_need_no_programs_of_their_own(
+    family: str,
+) -> None:
+    overrides = {"sliding_window": 64} if family == "gpt_oss" else {}
+    model = model_of(family, **overrides)
+    expected = generate(model)
+    compiled = CompiledLayers(model, backend="aot_eager")
+    graph = DecodeGraph(model, recorder=PlainRecorder(), max_batch=4, compiled=compiled)
+    try:
+        assert torch.equal(generate(model), expected)
+    finally:
+        graph.remove()
+    programs = counters["stats"]["unique_graphs"]
+    num_layers = len(model.get_decoder().layers)
+    assert num_layers <= programs <= 2 * num_layers  # once each, or split by what it cannot see
+
+
+def test_only_what_is_in_use_is_compiled() -> None:
+    model = model_of("qwen3_moe")
+    expected = generate(model)
+    compiled = CompiledLayers(model, backend="aot_eager")
+    assert torch.equal(generate(model), expected)
+    assert counters["stats"]["unique_graphs"] == 0
+    with pytest.raises(RuntimeError, match="inside"), compiled.in_use():
+        raise RuntimeError("inside")
+    assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
+
+
+def test_the_compiler_does_not_look_into_what_is_kept_from_it() -> None:
+    seen = []
+
+    def outside(x: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    kept = not_compiled(outside)
+    doubled = torch.compile(lambda x: kept(2 * x), backend="eager")
+    assert doubled(torch.ones(1)).item() == 3
+    assert seen == [False]
+
+
+def test_a_decoder_without_layers_is_refused() -> None:
+    model = model_of("qwen3_moe")
+    model.get_decoder().layers = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="has no list of layers"):
+        CompiledLayers(model)
+
+
+def test_a_cpu_does_not_compile() -> None:
+    with pytest.raises(ValueError, match="compile_layers=True: only for a GPU"):
+        attach(model_of("qwen3_moe"), slots=4, compile_layers=True)
