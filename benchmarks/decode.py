@@ -66,6 +66,7 @@ class Options:
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
+        batch: Rows that decode together, each a part of the trace of its own.
         accelerate: Time accelerate's offloading, a token a repeat.
         stock: Time transformers' own experts, all resident.
         compile: Time torch.compile on them too, which takes minutes to compile.
@@ -85,6 +86,7 @@ class Options:
     repeats: int = 5
     tokens: int = 64
     warm: int = 0
+    batch: int = 1
     accelerate: bool = True
     stock: bool = True
     compile: bool = False
@@ -101,7 +103,7 @@ class Options:
             raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}, live")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
-        for name in ("repeats", "tokens"):
+        for name in ("repeats", "tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.residencies or not all(0 < share < 1 for share in self.residencies):
@@ -118,6 +120,7 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
     bed = ReplayTestbed(
         shape,
         warm=options.warm,
+        batch=options.batch,
         device=device,
         num_tokens=options.tokens,
         dtype=DTYPES[options.dtype],
@@ -162,7 +165,7 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         "testbed": "replay",
         "options": as_json(options),
         "model": bed.describe(),
-        "trace": {"name": shape.trace, "digest": bed.route.digest, "start": shape.start},
+        "trace": {"name": shape.trace, "digest": bed.routes[0].digest, "start": shape.start},
         "warm_tokens": bed.warm,
         "context_tokens": bed.context_tokens,
         "expert_bytes": bed.layout.record_bytes,

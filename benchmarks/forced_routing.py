@@ -4,10 +4,11 @@ A hook on each router puts the recorded experts and weights where the router's o
 reads them from a device tensor at a position that the device counts itself, so that nothing waits
 for the host. The truth about later use, which Belady's policy asks for, is at hand the same way.
 
-Shape letters: T tokens · N replayed tokens · L MoE layers · E experts per layer · K experts per
-token.
+Shape letters: T tokens · N replayed tokens · B rows of a batch · L MoE layers · E experts per
+layer · K experts per token · M ids.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,17 +57,12 @@ class Route:
         starts_N: Tensor | None = None,
     ) -> "Route":
         """Normalise the weights and look ahead; by default all is one request without ids."""
-        num_tokens, num_layers, _ = ids_NLK.shape
-        next_use_NLE = torch.empty(num_tokens, num_layers, num_experts)
-        next_LE = torch.full((num_layers, num_experts), -torch.inf)
-        for n in range(num_tokens - 1, -1, -1):
-            next_use_NLE[n] = next_LE
-            next_LE.scatter_(1, ids_NLK[n], -float(n))
+        num_tokens = len(ids_NLK)
         total_NL1 = weights_NLK.sum(-1, keepdim=True).clamp_min(1e-9)
         return cls(
             ids_NLK=ids_NLK,
             weights_NLK=weights_NLK / total_NL1,
-            next_use_NLE=next_use_NLE,
+            next_use_NLE=next_use(ids_NLK, num_experts),
             token_ids_N=torch.full((num_tokens,), -1) if token_ids_N is None else token_ids_N,
             starts_N=torch.arange(num_tokens) == 0 if starts_N is None else starts_N,
             digest=digest,
@@ -118,6 +114,23 @@ class Route:
             starts_N=torch.from_numpy(starts[rows]),
         )
 
+    def rows(self, batch: int) -> list["Route"]:
+        """Cut into equal parts, to be replayed side by side; each looks ahead in itself."""
+        num_tokens = len(self.ids_NLK) // batch
+        num_experts = self.next_use_NLE.shape[-1]
+        parts = [slice(b * num_tokens, (b + 1) * num_tokens) for b in range(batch)]
+        return [
+            Route.of(
+                self.ids_NLK[part],
+                self.weights_NLK[part],
+                num_experts,
+                self.digest,
+                token_ids_N=self.token_ids_N[part],
+                starts_N=self.starts_N[part],
+            )
+            for part in parts
+        ]
+
     @classmethod
     def drawn(cls, num_tokens: int, *, num_layers: int, num_experts: int, top_k: int) -> "Route":
         """A random routing in which each layer has favourites; for tests."""
@@ -126,6 +139,22 @@ class Route:
         noise_NLE = torch.rand(num_tokens, num_layers, num_experts, generator=generator)
         weights_NLK, ids_NLK = (taste_LE + noise_NLE).topk(top_k)
         return cls.of(ids_NLK, weights_NLK, num_experts, "drawn with seed 0")
+
+
+def next_use(ids_NLM: Tensor, num_experts: int) -> Tensor:
+    """Minus the number of the next step that uses each expert, [N, L, E]; -inf = none does.
+
+    Args:
+        ids_NLM: What each step uses in each layer, of one token or of several.
+        num_experts: E.
+    """
+    num_steps, num_layers, _ = ids_NLM.shape
+    next_use_NLE = torch.empty(num_steps, num_layers, num_experts)
+    next_LE = torch.full((num_layers, num_experts), -torch.inf)
+    for n in range(num_steps - 1, -1, -1):
+        next_use_NLE[n] = next_LE
+        next_LE.scatter_(1, ids_NLM[n], -float(n))
+    return next_use_NLE
 
 
 def traces_of_shape(shape: Shape) -> TraceSet:
@@ -149,19 +178,31 @@ def _token_ids(trace: Trace) -> npt.NDArray[np.int64]:
 class ForcedRouting:
     """Hooks that make a model route as recorded, token after token.
 
+    Args:
+        layers: Of the model.
+        routes: One for each row of the batch, equally long.
+        device: Of the model.
+
     Attributes:
+        ids_NBLK: int64 on the device, what is replayed.
+        weights_NBLK: float32, likewise.
+        next_use_NLE: float32, the truth about the whole batch's later use.
         position_1: int64 on the device, the token that the next forward pass replays; it counts by
             itself (in the last layer's router) and wraps around.
         forecast_LE: float32 [L, E] on the device, what is true of the time after that token; made
             ready before layer 0 computes its experts.
     """
 
-    def __init__(self, layers: list[MoELayer], route: Route, device: torch.device) -> None:
-        self._ids_NLK = route.ids_NLK.to(device)
-        self._weights_NLK = route.weights_NLK.to(device)
-        self._next_use_NLE = route.next_use_NLE.to(device)
+    def __init__(
+        self, layers: list[MoELayer], routes: Sequence[Route], device: torch.device
+    ) -> None:
+        self.ids_NBLK = torch.stack([route.ids_NLK for route in routes], 1).to(device)
+        self.weights_NBLK = torch.stack([route.weights_NLK for route in routes], 1).to(device)
+        num_experts = routes[0].next_use_NLE.shape[-1]
+        ids_NLM = self.ids_NBLK.transpose(1, 2).flatten(2).cpu()
+        self.next_use_NLE = next_use(ids_NLM, num_experts).to(device)
         self.position_1 = torch.zeros(1, dtype=torch.int64, device=device)
-        self.forecast_LE = torch.zeros_like(self._next_use_NLE[0])
+        self.forecast_LE = torch.zeros_like(self.next_use_NLE[0])
         self._handles = [
             moe.router.register_forward_hook(self._hook_of(moe.layer, len(layers)))
             for moe in layers
@@ -180,11 +221,11 @@ class ForcedRouting:
         def hook(router: nn.Module, inputs: Any, output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             logits, weights_TK, ids_TK = output
             if layer == 0:
-                self.forecast_LE.copy_(self._next_use_NLE.index_select(0, self.position_1)[0])
-            ids_TK = self._ids_NLK[:, layer].index_select(0, self.position_1).to(ids_TK.dtype)
-            weights = self._weights_NLK[:, layer].index_select(0, self.position_1)
+                self.forecast_LE.copy_(self.next_use_NLE.index_select(0, self.position_1)[0])
+            ids_TK = self.ids_NBLK[:, :, layer].index_select(0, self.position_1)[0].to(ids_TK.dtype)
+            weights = self.weights_NBLK[:, :, layer].index_select(0, self.position_1)[0]
             if layer == num_layers - 1:
-                self.position_1.add_(1).remainder_(len(self._ids_NLK))
+                self.position_1.add_(1).remainder_(len(self.ids_NBLK))
             return logits, weights.to(weights_TK.dtype), ids_TK
 
         return hook

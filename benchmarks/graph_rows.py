@@ -172,23 +172,20 @@ class OwnRow(Row):
             for ids_K in padded[: num_events * bed.top_k].view(num_events, bed.top_k):
                 for layer in range(bed.num_layers):
                     cache.step(layer, ids_K[None])
-        ids_NLK = bed.route.ids_NLK[: bed.warm].to(bed.device)
-        next_use_NLE = bed.route.next_use_NLE[: bed.warm].to(bed.device)
-        weights_NLK = bed.route.weights_NLK[: bed.warm].to(bed.device)
-        foresight = self._foresight
+        forced, foresight = bed.forced, self._foresight
         if foresight is not None:
             foresight.begin()
-        for n, (ids_LK, next_use_LE) in enumerate(zip(ids_NLK, next_use_NLE, strict=True)):
-            bed.forced.seek(n)
-            cache.advance(next_use_LE if foresight is None else foresight.LE)
+        for n in range(bed.warm):
+            forced.seek(n)
+            cache.advance(forced.next_use_NLE[n] if foresight is None else foresight.LE)
             for layer in range(bed.num_layers):
+                ids_BK = forced.ids_NBLK[n, :, layer].contiguous()
                 if foresight is not None:
-                    weights_1K = weights_NLK[n, layer, None]
-                    later_E = foresight.on_routed(layer, ids_LK[layer, None], weights_1K)
-                    cache.rescore(layer, later_E)
-                cache.step(layer, ids_LK[layer, None])
+                    weights_BK = forced.weights_NBLK[n, :, layer]
+                    cache.rescore(layer, foresight.on_routed(layer, ids_BK, weights_BK))
+                cache.step(layer, ids_BK)
             if foresight is not None:
-                bed.forced.seek(n + 1)
+                forced.seek(n + 1)
                 foresight.on_token()
                 foresight.after_step()
         layer_N, expert_N = (cache.address_LE != cache.home_address_LE).nonzero(as_tuple=True)
@@ -218,7 +215,7 @@ class Foresight:
             raise ValueError(f"predictor {predictor.kind!r} cannot run inside a graph")
         self._module: GraphPredictor = module.to(testbed.device)
         self._testbed = testbed
-        route = testbed.route
+        (route,) = testbed.routes
         self._token_ids_N = route.token_ids_N.to(testbed.device)
         self._starts_N = route.starts_N.tolist()
         self._map_LE = torch.zeros_like(self._module.next_LE)

@@ -78,10 +78,12 @@ class HostSyncLru(Row):
         bed = self.testbed
         bed.use_experts(self._IMPLEMENTATION)
         self._slot_of = [OrderedDict() for _ in bed.layers]
-        self._slots_LCP = [torch.empty_like(bed.block_EP[: self.slots]) for _ in bed.layers]
+        # One more than there are slots: what has none passes through it.
+        slots_CP = bed.block_EP[:1].expand(self.slots + 1, -1)
+        self._slots_LCP = [torch.empty_like(slots_CP) for _ in bed.layers]
         for layer in range(bed.num_layers):
-            for ids in bed.route.ids_NLK[: bed.warm, layer].tolist():
-                self._make_room(layer, ids)
+            for ids_BK in bed.forced.ids_NBLK[: bed.warm, :, layer]:
+                self._make_room(layer, ids_BK.unique().tolist())
             held = self._slot_of[layer]
             for expert, slot in held.items():
                 self._slots_LCP[layer][slot].copy_(bed.block_EP[expert])
@@ -109,37 +111,43 @@ class HostSyncLru(Row):
         """Unregister."""
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
-    def _make_room(self, layer: int, ids: list[int]) -> list[int]:
-        """Give each needed expert a slot; those that must be copied into theirs are returned."""
+    def _make_room(self, layer: int, needed: list[int]) -> list[int]:
+        """Give each needed expert a slot as long as there are any; what misses is returned."""
         held = self._slot_of[layer]
-        misses = [expert for expert in ids if expert not in held]
-        self._accesses += len(ids)
-        self._hits += len(ids) - len(misses)
+        misses = [expert for expert in needed if expert not in held]
+        self._accesses += len(needed)
+        self._hits += len(needed) - len(misses)
         for expert in misses:
             if len(held) < self.slots:
                 held[expert] = len(held)
-            else:
-                victim = next(resident for resident in held if resident not in ids)
+                continue
+            victim = next((resident for resident in held if resident not in needed), None)
+            if victim is not None:
                 held[expert] = held.pop(victim)
-        for expert in sorted(ids):  # ties as our cache breaks them: the lowest id goes first
-            held.move_to_end(expert)
+        for expert in sorted(needed):  # ties as our cache breaks them: the lowest id goes first
+            if expert in held:
+                held.move_to_end(expert)
         return misses
 
     def _experts_forward(
         self, experts: nn.Module, hidden_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         layer = self._layer_of[experts]
-        ids = ids_TK[0].tolist()  # the host waits for the device here
-        misses = self._make_room(layer, ids)
+        # The host waits for the device here.
+        needed = sorted({expert for ids in ids_TK.tolist() for expert in ids})
+        misses = set(self._make_room(layer, needed))
         held, slots_CP = self._slot_of[layer], self._slots_LCP[layer]
-        for expert in misses:
-            record_P = self._records_LEP[layer][expert]
-            slots_CP[held[expert]].copy_(record_P, non_blocking=True)
-        layout = self.testbed.layout
-        outputs_KD = torch.cat(
-            [matrix_expert(experts, layout, slots_CP[held[e]], hidden_TD) for e in ids]
-        )
-        return weights_TK.to(hidden_TD.dtype) @ outputs_KD
+        weights_TE = hidden_TD.new_zeros(len(hidden_TD), self.testbed.num_experts)
+        weights_TE.scatter_(1, ids_TK, weights_TK.to(hidden_TD.dtype))
+        output_TD = torch.zeros_like(hidden_TD)
+        for expert in needed:
+            record_P = slots_CP[held.get(expert, self.slots)]
+            if expert in misses:
+                record_P.copy_(self._records_LEP[layer][expert], non_blocking=True)
+            # For all tokens: few of them cost no more than those that use the expert.
+            said_TD = matrix_expert(experts, self.testbed.layout, record_P, hidden_TD)
+            output_TD.addcmul_(said_TD, weights_TE[:, expert, None])
+        return output_TD
 
 
 class AccelerateOffload(Row):

@@ -41,6 +41,7 @@ class ReplayTestbed:
         num_tokens: How many tokens to replay after the warm-up.
         dtype: Of all weights.
         warm: Tokens of the warm-up; 0 takes the shape's own number.
+        batch: B, parts of the trace that are replayed side by side, each with its own warm-up.
 
     Raises:
         ValueError: Too few or too many tokens, or the trace does not fit.
@@ -50,6 +51,7 @@ class ReplayTestbed:
         layers: Its MoE layers.
         layout: Of a record.
         block_EP: The random records on the device; every layer's experts are these.
+        routes: What each row of the batch replays.
         forced: The hooks on the routers.
         logits_BTV: Of the latest step; a graph may write there again.
     """
@@ -62,6 +64,7 @@ class ReplayTestbed:
         num_tokens: int,
         dtype: torch.dtype,
         warm: int = 0,
+        batch: int = 1,
     ) -> None:
         self.shape, self.device = shape, device
         self.warm = warm or shape.warm
@@ -91,12 +94,13 @@ class ReplayTestbed:
         num_tokens += self.warm
         sizes = {"num_layers": self.num_layers, "num_experts": self.num_experts}
         if shape.trace:
-            self.route = Route.recorded(shape, num_tokens, **sizes)
+            route = Route.recorded(shape, batch * num_tokens, **sizes)
         else:
-            self.route = Route.drawn(num_tokens, top_k=self.top_k, **sizes)
-        self.forced = ForcedRouting(self.layers, self.route, device)
+            route = Route.drawn(batch * num_tokens, top_k=self.top_k, **sizes)
+        self.routes = route.rows(batch)
+        self.forced = ForcedRouting(self.layers, self.routes, device)
         self._mask = self._open_mask(dtype)
-        self.token_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        self.token_BT = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self._position_BT = torch.zeros_like(self.token_BT)
         self.logits_BTV = torch.full((1, 1, 1), torch.nan, device=device)
 

@@ -62,8 +62,8 @@ def test_a_model_routes_as_recorded_and_stays_finite(bed: ReplayTestbed) -> None
     measured = slice(bed.warm, bed.warm + TOKENS)
     ids_NLK = torch.stack([ids_TK[0] for ids_TK, _ in seen]).view(TOKENS, bed.num_layers, -1)
     weights_NLK = torch.stack([weights_TK[0] for _, weights_TK in seen]).view_as(ids_NLK)
-    assert torch.equal(ids_NLK, bed.route.ids_NLK[measured])
-    assert torch.equal(weights_NLK, bed.route.weights_NLK[measured])
+    assert torch.equal(ids_NLK, bed.routes[0].ids_NLK[measured])
+    assert torch.equal(weights_NLK, bed.routes[0].weights_NLK[measured])
     assert torch.allclose(weights_NLK.sum(-1), torch.ones(TOKENS, bed.num_layers))
 
 
@@ -86,7 +86,7 @@ def test_the_truth_is_ready_before_a_tokens_first_experts(bed: ReplayTestbed) ->
         lambda *_: seen.append(bed.forced.forecast_LE.clone())
     )
     decode(StockRow(bed, "eager"))
-    assert torch.equal(torch.stack(seen), bed.route.next_use_NLE[bed.warm : bed.warm + TOKENS])
+    assert torch.equal(torch.stack(seen), bed.routes[0].next_use_NLE[bed.warm : bed.warm + TOKENS])
 
 
 def test_next_use_looks_past_the_present_token() -> None:
@@ -127,7 +127,7 @@ def test_the_host_synchronised_lru_hits_what_the_cache_with_lru_hits(bed: Replay
         make_policy("lru"), num_layers=bed.num_layers, num_experts=bed.num_experts, slots=slots
     )
     hits = 0
-    for n, ids_LK in enumerate(bed.route.ids_NLK):
+    for n, ids_LK in enumerate(bed.routes[0].ids_NLK):
         needed_LE = torch.zeros(bed.num_layers, bed.num_experts, dtype=torch.bool)
         hits_L1 = cache.step(needed_LE.scatter(1, ids_LK, True)).num_hits_L1
         hits += int(hits_L1.sum()) if n >= bed.warm else 0
@@ -158,6 +158,43 @@ def test_the_host_synchronised_lru_computes_alike_at_every_size(bed: ReplayTestb
     assert torch.equal(*outputs)
 
 
+def test_rows_of_a_batch_replay_parts_of_their_own_and_may_need_more_than_fits() -> None:
+    bed = ReplayTestbed(
+        SHAPES["gptoss20b"].small(),
+        device=torch.device(KERNEL_DEVICE),
+        num_tokens=12,
+        dtype=torch.float32,
+        batch=3,
+    )
+    ids_NBLK = bed.forced.ids_NBLK
+    assert not torch.equal(ids_NBLK[:, 0], ids_NBLK[:, 1])
+    store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
+    slots = 2 * bed.top_k  # three tokens need up to three times as many
+    rows = [
+        StockRow(bed, "eager"),
+        HostSyncLru(bed, slots=slots, records_LEP=store.records_LEP),
+        OwnRow(bed, store, "lru", slots=slots),
+        OwnRow(bed, store, "belady", slots=slots),
+    ]
+    logits, traffic = [], []
+    for row in rows:
+        row.prepare()
+        with torch.no_grad():
+            for _ in range(12):
+                row.step()
+        logits.append(bed.logits_BTV.clone())
+        traffic.append(row.traffic())
+        row.finish()
+    measured = ids_NBLK[bed.warm :].transpose(1, 2).flatten(2)  # [N, L, B * K]
+    needed = sum(len(ids.unique()) for ids in measured.flatten(0, 1))
+    _, host, lru, belady = traffic
+    assert host.accesses == lru.accesses == belady.accesses == needed
+    assert host.hits <= lru.hits <= belady.hits
+    assert max(len(ids.unique()) for ids in measured.flatten(0, 1)) > slots
+    torch.testing.assert_close(logits[2], logits[0], rtol=1e-3, atol=1e-4)
+    assert torch.equal(logits[2], logits[3])
+
+
 def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> None:
     bed = ReplayTestbed(
         SHAPES["gptoss20b"].small(),
@@ -166,9 +203,9 @@ def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> Non
         dtype=torch.float32,
     )
     second = bed.warm + 2  # where another request begins, in the middle of what is measured
-    bed.route = replace(
-        bed.route,
-        starts_N=torch.isin(torch.arange(len(bed.route.ids_NLK)), torch.tensor([0, second])),
+    bed.routes[0] = replace(
+        bed.routes[0],
+        starts_N=torch.isin(torch.arange(len(bed.routes[0].ids_NLK)), torch.tensor([0, second])),
     )
     sizes = {"num_layers": bed.num_layers, "num_experts": bed.num_experts}
     others = [Route.drawn(30, top_k=bed.top_k, **sizes) for _ in range(4)]
@@ -187,9 +224,9 @@ def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> Non
     plain = ExpertCache(make_policy("forecast"), slots=3, **sizes)
     hits = n = 0
     for part in (slice(0, second), slice(second, bed.warm + TOKENS)):
-        walked = forecaster.walk(trace_of(bed.route, part, "judged"))
+        walked = forecaster.walk(trace_of(bed.routes[0], part, "judged"))
         assert walked.later_TLE is not None
-        for later_LE, ids_LK in zip(walked.later_TLE, bed.route.ids_NLK[part], strict=True):
+        for later_LE, ids_LK in zip(walked.later_TLE, bed.routes[0].ids_NLK[part], strict=True):
             for layer in range(bed.num_layers):
                 needed_E = torch.zeros(bed.num_experts, dtype=torch.bool)
                 needed_E[ids_LK[layer]] = True
