@@ -158,13 +158,12 @@ class DeviceCache:
         usage.step_L1.add_(1)
         for half_life, uses_LE in usage.decayed_uses.items():
             uses_LE.mul_(0.5 ** (1.0 / half_life))
-        scores_LE = self.policy.keep_scores(usage, forecast_LE)
-        self.keep_LE.copy_(scores_LE.expand_as(self.keep_LE))
+        _put(self.policy.keep_scores(usage, forecast_LE), self.keep_LE)
 
     def rescore(self, layer: int, forecast_E: Tensor) -> None:
         """Score one layer anew, before its `step`: its predictor knows more by now."""
         usage = self.cache.layer_usage(layer)
-        self.keep_LE[layer].copy_(self.policy.keep_scores(usage, forecast_E))
+        _put(self.policy.keep_scores(usage, forecast_E), self.keep_LE[layer])
 
     def step(self, layer: int, topk_expert_ids_TK: Tensor) -> Active:
         """Serve one event, as `ExpertCache.step` does; returns what the expert kernel must know.
@@ -283,6 +282,12 @@ class DeviceCache:
             self.counters_LX[layer, COUNTERS.index(name)] += counted_E.sum()
         self.present_LE[layer].masked_fill_(step.evict_LE, 0)
         self.present_LE[layer].masked_fill_(needed_E & resident_E, slots.slot_neurons)
+
+
+def _put(scores: Tensor, place: Tensor) -> None:
+    """Copy, unless they are there: a policy may hand on what was forecast in place."""
+    if scores.data_ptr() != place.data_ptr() or scores.shape != place.shape:
+        place.copy_(scores.expand_as(place))
 
 
 class _Given(Policy):

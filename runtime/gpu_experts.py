@@ -50,6 +50,8 @@ class GpuExperts:
     Attributes:
         cache: The books, on the device.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
+        later_use_LE: float32, what is expected. Whoever writes a row of it in place spares `expect`
+            a copy, and where scores are forecasts, the cache all of its scoring.
 
     Raises:
         ValueError: The kernels cannot compute these experts.
@@ -104,7 +106,11 @@ class GpuExperts:
             ),
             present_LE=self.cache.present_LE,
         )
-        self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts, device=device)
+        self.later_use_LE = (
+            self.cache.keep_LE
+            if policy.scores_are_forecasts
+            else torch.zeros(spec.num_layers, spec.num_experts, device=device)
+        )
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
         self.max_graph_tokens: int | None = MAX_TOKENS if store.is_pinned else None
@@ -157,11 +163,11 @@ class GpuExperts:
 
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """As `Backend.expect`; of one layer between its router and its experts."""
-        if layer is None:
-            self._later_use_LE.copy_(later_LE)
-            return
-        self._later_use_LE[layer].copy_(later_LE)
-        self.cache.rescore(layer, self._later_use_LE[layer])
+        place = self.later_use_LE if layer is None else self.later_use_LE[layer]
+        if later_LE.data_ptr() != place.data_ptr():
+            place.copy_(later_LE)
+        if layer is not None:
+            self.cache.rescore(layer, place)
 
     def forward(
         self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
@@ -175,12 +181,12 @@ class GpuExperts:
                 hidden_TD,
                 topk_expert_ids_TK,
                 topk_weights_TK,
-                self._later_use_LE[layer] if reads_forecasts else None,
+                self.later_use_LE[layer] if reads_forecasts else None,
             )
             self.cache.readdress(layer)
             return output_TD
         if layer == 0:
-            self.cache.advance(self._later_use_LE if reads_forecasts else None)
+            self.cache.advance(self.later_use_LE if reads_forecasts else None)
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)

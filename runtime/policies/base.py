@@ -77,12 +77,15 @@ class Policy(ABC):
         half_lives: Half-lives, in steps, of the `Usage.decayed_uses` that it reads.
         foresight: What `forecast_LE` must be: nothing, a predictor's forecast, or the truth (which
             only a simulator has).
+        scores_are_forecasts: Whether `keep_scores` hands on the very tensor that it is given, so
+            that a forecast written where scores are read costs no further launch.
     """
 
     name: ClassVar[str]
     uses: frozenset[UsageField] = frozenset()
     half_lives: tuple[float, ...] = ()
     foresight: ClassVar[Foresight] = "none"
+    scores_are_forecasts: ClassVar[bool] = False
 
     @abstractmethod
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:

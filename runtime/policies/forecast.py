@@ -12,6 +12,7 @@ class ByForecast(Policy):
 
     name = "forecast"
     foresight: ClassVar[Foresight] = "forecast"
+    scores_are_forecasts: ClassVar[bool] = True
 
     def keep_scores(self, usage: Usage, forecast_LE: Tensor | None) -> Tensor:
         """The forecast itself."""

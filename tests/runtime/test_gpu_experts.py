@@ -16,6 +16,7 @@ from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, tiny_model
+from tests.launches import Launches
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 LONG = [(7 * n) % 31 for n in range(40)]  # more tokens than the decode kernels take at once
@@ -99,6 +100,35 @@ def test_what_is_hit_does_not_depend_on_the_device(policy: str) -> None:
                 offload._backend.cache.check_integrity()
     assert counted[0] == counted[1]
     assert min(counted[0]) > 0
+
+
+@pytest.mark.parametrize("policy", ["forecast", "finemoe"])
+def test_what_is_expected_may_be_written_in_place(policy: str) -> None:
+    model, books = tiny_model("qwen3_moe"), []
+    for in_place in (True, False):
+        torch.manual_seed(0)
+        with attach_kernels(model, policy=policy) as offload:
+            backend = offload._backend
+            assert isinstance(backend, GpuExperts)
+            (L, E), K = backend.later_use_LE.shape, spec_of(model).top_k
+            for _ in range(6):
+                backend.expect(torch.rand(L, E, device=DEVICE))
+                for layer in range(L):
+                    later_E = torch.rand(E, device=DEVICE)
+                    if in_place:
+                        later_E = backend.later_use_LE[layer].copy_(later_E)
+                    with Launches() as launches:
+                        backend.expect(later_E, layer)
+                    if in_place and policy == "forecast":
+                        assert launches.count == 0, "the answer lies where the cache reads it"
+                    ids_TK = torch.rand(1, E, device=DEVICE).topk(K).indices
+                    hidden_TD = torch.zeros(1, model.config.hidden_size, device=DEVICE)
+                    backend.forward(layer, hidden_TD, ids_TK, torch.ones(1, K, device=DEVICE))
+            backend.cache.check_integrity()
+            books.append((backend.cache.keep_LE.clone(), backend.cache.cache.slot_of_LE.clone()))
+            assert offload.stats().evictions > 0
+    assert torch.equal(books[0][0], books[1][0])
+    assert torch.equal(books[0][1], books[1][1])
 
 
 def test_residency_changes_no_bit() -> None:

@@ -254,6 +254,14 @@ def test_policies_that_spend_a_forecast_ask_for_one(name: str) -> None:
         make_policy(name).keep_scores(usage(step=1), None)
 
 
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_whose_scores_are_forecasts_hands_them_on(name: str) -> None:
+    policy, forecast_LE = make_policy(name), torch.tensor([[0.3, 0.1, 0.2]])
+    past = usage(step=3, last_use=(1, 2, 3), use_count=(1, 1, 1))
+    hands_on = policy.keep_scores(past, forecast_LE) is forecast_LE
+    assert hands_on == policy.scores_are_forecasts
+
+
 def test_later_use_leaves_out_the_token_being_served() -> None:
     next_LE = torch.tensor([[0.5, 0.0]])
     forecast = Forecast.stationary(next_LE, gamma=0.9)
