@@ -157,7 +157,8 @@ class OwnRow(Row):
             later_LE = self.testbed.forced.forecast_LE if foresight is None else foresight.LE
             self._experts.expect(later_LE)
         if foresight is not None:
-            self._experts.expect(foresight.on_routed(layer, ids_TK, weights_TK), layer)
+            row_E = self._experts.later_use_LE[layer]  # answered in place
+            self._experts.expect(foresight.on_routed(layer, ids_TK, weights_TK, row_E), layer)
         return self._experts.forward(layer, hidden_TD, ids_TK, weights_TK)
 
     def _warm_up(self) -> None:
@@ -201,8 +202,7 @@ class Foresight:
     """A predictor inside the graph, fed with the routing that is forced.
 
     It sees what a serving runtime would show it: each layer's routing once that layer has routed,
-    the token's whole map and the id that follows once the token is sampled, and where requests
-    begin, which the host knows.
+    the id that follows once the token is sampled, and where requests begin, which the host knows.
 
     Args:
         testbed: What is decoded.
@@ -218,9 +218,6 @@ class Foresight:
         (route,) = testbed.routes
         self._token_ids_N = route.token_ids_N.to(testbed.device)
         self._starts_N = route.starts_N.tolist()
-        self._map_LE = torch.zeros_like(self._module.next_LE)
-        self._ids_LK = torch.zeros_like(route.ids_NLK[0], device=testbed.device)
-        self._weights_LK = torch.zeros_like(route.weights_NLK[0], device=testbed.device)
         self._position = 0  # the host's count of the tokens that have passed
 
     @property
@@ -233,19 +230,18 @@ class Foresight:
         self._position = 0
         self._module.begin()
 
-    def on_routed(self, layer: int, ids_1K: Tensor, weights_1K: Tensor) -> Tensor:
+    def on_routed(
+        self, layer: int, ids_1K: Tensor, weights_1K: Tensor, out_E: Tensor | None = None
+    ) -> Tensor:
         """The layer's later use; a trace knows the K probabilities that count."""
-        self._ids_LK[layer].copy_(ids_1K[0])
-        self._weights_LK[layer].copy_(weights_1K[0])
-        return self._module.on_routed(layer, ids_1K, weights_1K)
+        return self._module.on_routed(layer, ids_1K, weights_1K, out_E)
 
     def on_token(self) -> None:
         """The token is through; the device's position stands at the one that is fed next."""
         position_1 = self._testbed.forced.position_1
         next_id_1 = self._token_ids_N.index_select(0, position_1)
         id_1 = self._token_ids_N.index_select(0, (position_1 - 1).clamp(min=0))
-        self._map_LE.zero_().scatter_(1, self._ids_LK, self._weights_LK)
-        self._module.on_token(self._map_LE[None], id_1, next_id_1)
+        self._module.on_token(None, id_1, next_id_1)  # its layers have shown their routing
 
     def after_step(self) -> None:
         """Forget the past where the next token begins a request."""

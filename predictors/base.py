@@ -362,11 +362,13 @@ class Predictor(ABC):
         )
         return WalkedLayers(before_NLE, ahead_LNHE)
 
-    def graph_module(self, *, batch_size: int) -> GraphPredictor | None:
+    def graph_module(self, *, batch_size: int, kernels: bool = True) -> GraphPredictor | None:
         """The same forecasts as a program for a CUDA graph; None where there is none.
 
         Args:
             batch_size: B, the requests that are served at once; each has a past of its own.
+            kernels: Use Triton kernels; False keeps to torch, which takes more launches and is for
+                where there is no Triton.
         """
         return None
 

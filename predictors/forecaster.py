@@ -251,7 +251,7 @@ class Forecaster(Predictor):
             later.append(self._discounted(torch.stack(each).mean(0)))
         return Walked(forecasts, torch.cat(later))
 
-    def graph_module(self, *, batch_size: int) -> ForecasterGraph:
+    def graph_module(self, *, batch_size: int, kernels: bool = True) -> ForecasterGraph:
         """The same forecasts inside a CUDA graph."""
         return ForecasterGraph(
             nets=copy.deepcopy(self.nets),
@@ -261,6 +261,7 @@ class Forecaster(Predictor):
             calibration=self._calibration,
             top_k=self.fitted_spec().top_k,
             batch_size=batch_size,
+            kernels=kernels,
         )
 
     def config(self) -> dict[str, Any]:

@@ -4,15 +4,15 @@
 lie in buffers of fixed size that are updated in place: the window of tokens that copies look back
 over is always `COPY_WINDOW` long, filled from the right, and its empty places match nothing.
 
-A window takes 4 x W x L x E bytes a row: 3 MiB for gpt-oss-20b, 24 MiB for Qwen3-30B-A3B.
+A window takes 4 x W x L x E bytes a row: 3 MiB for gpt-oss-20b, 24 MiB for Qwen3-30B-A3B. It is
+read once a token and never moved: its places are slots of a ring.
 
-Shape letters: B rows of a batch · L MoE layers · E experts per layer · K experts per token ·
-T tokens of a prompt · R rows of a history · W tokens in the window · M copies · J = L * E ·
-G discounts · Q carried.
+Shape letters: B rows of a batch · N nets · L MoE layers · E experts per layer · K experts per
+token · T tokens of a prompt · R rows of a history · D averages · W tokens in the window ·
+M copies · J = L * E · G discounts · Q carried · I = 2 * E · S = N * B.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,12 @@ from predictors.forecaster_net import ForecasterNet
 from predictors.graph import GraphPredictor
 from predictors.token_history import (
     COPY_MAX_MATCH,
-    COPY_MIN_MATCH,
     COPY_WINDOW,
     DECAYS,
     NUM_PAST,
+    NUM_ROWS,
     NUM_TOKENS_READ,
+    as_age_row,
     as_rows,
     copy_follow_PW,
     copy_weights,
@@ -37,23 +38,8 @@ from predictors.token_history import (
 
 _EMPTY = -2  # id in an empty place of the window: unlike -1, it is never looked for
 _NEVER = 1 << 62  # behind all ids, so that a search always ends at a place
-
-
-@dataclass(slots=True)
-class _Said:
-    """One net's buffers: what it said before the token at hand, and what layers pass on.
-
-    Attributes:
-        later_BLGE: Log odds of *later* if the token does not use an expert.
-        used_BLGE: What is added to them if it does.
-        carry_BQ: What layer 0 is given.
-        carried_BQ: What the next layer is given.
-    """
-
-    later_BLGE: Tensor
-    used_BLGE: Tensor
-    carry_BQ: Tensor
-    carried_BQ: Tensor
+_AVERAGES = slice(2, 2 + len(DECAYS))
+_AGE = NUM_PAST - 1
 
 
 class ForecasterGraph(GraphPredictor):
@@ -67,23 +53,39 @@ class ForecasterGraph(GraphPredictor):
         calibration: Of *next*.
         top_k: K.
         batch_size: B.
+        kernels: Answer in one launch (`predictors.kernels.later_use`), for which the weights that
+            it reads are held twice; False does it in torch, in some sixteen.
+
+    Raises:
+        ImportError: ``kernels`` without Triton.
     """
 
-    past_RBLE: Tensor
-    copies_MBLE: Tensor
+    rows_BRLE: Tensor
+    age_BLE: Tensor
     ids_BW: Tensor
     match_BW: Tensor
     uses_BWJ: Tensor
+    oldest_1: Tensor
     tokens_B3: Tensor
-    routed_LBI: Tensor
+    later_LNBGE: Tensor
+    used_LNBGE: Tensor
+    carried_LNBQ: Tensor
+    answers_SE: Tensor
     first_past_RLE: Tensor
-    decays_D: Tensor
-    share_1N: Tensor
+    rates_D11: Tensor
+    unused_own_NRLGE: Tensor
+    gain_NLGE: Tensor
+    share_G: Tensor
+    weights_MN: Tensor
     follow_WW: Tensor
     places_W: Tensor
     token_ids_V: Tensor
     said_N: Tensor
     true_N: Tensor
+    pass_on_LNIQ: Tensor
+    take_LNQJ: Tensor
+    mix_LNIJ: Tensor
+    own_LNJ: Tensor
 
     def __init__(
         self,
@@ -95,9 +97,11 @@ class ForecasterGraph(GraphPredictor):
         calibration: Calibration,
         top_k: int,
         batch_size: int,
+        kernels: bool = True,
     ) -> None:
         super().__init__()
         B, (L, E), W = batch_size, popularity_LE.shape, COPY_WINDOW
+        N, G, Q = len(nets), len(discounts), nets[0].carry.out_features
         self.nets = nn.ModuleList(nets)
         self._top_k, self._num_known = top_k, len(token_ids_V)
 
@@ -106,58 +110,89 @@ class ForecasterGraph(GraphPredictor):
 
         buffer("next_LE", torch.zeros(L, E))
         buffer("forecast_LE", torch.zeros(L, E))
-        buffer("past_RBLE", torch.zeros(NUM_PAST, B, L, E))
-        buffer("copies_MBLE", torch.zeros(len(COPY_MIN_MATCH), B, L, E))
+        buffer("rows_BRLE", torch.zeros(B, NUM_ROWS, L, E))
+        buffer("age_BLE", torch.zeros(B, L, E))
         buffer("ids_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("match_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("uses_BWJ", torch.zeros(B, W, L * E))
-        buffer("routed_LBI", torch.zeros(L, B, 2 * E))  # the token at hand: its map, and its use
+        buffer("oldest_1", torch.zeros(1, dtype=torch.int64))  # place 0's slot of the ring
         buffer("tokens_B3", torch.zeros(B, NUM_TOKENS_READ, dtype=torch.int64))
-        for n, net in enumerate(nets):
-            buffer(f"later_{n}_BLGE", torch.zeros(B, L, len(discounts), E))
-            buffer(f"used_{n}_BLGE", torch.zeros(B, L, len(discounts), E))
-            buffer(f"carry_{n}_BQ", torch.zeros(B, net.carry.out_features))
-            buffer(f"carried_{n}_BQ", torch.zeros(B, net.carry.out_features))
-            # What a use adds through its own row and the averages, whatever the past.
-            own_RLGE, rates_D = net.own_later_RLGE.detach(), 1 - torch.tensor(DECAYS)
-            averages_LGE = torch.einsum("d,dlge->lge", rates_D, own_RLGE[2 : NUM_PAST - 1])
-            buffer(f"gain_{n}_LGE", own_RLGE[1] + averages_LGE)
+        # What nets said of *later* before the token at hand: log odds if it does not use an expert,
+        # what is added if it does, and what each layer is given by those before it.
+        buffer("later_LNBGE", torch.zeros(L, N, B, G, E))
+        buffer("used_LNBGE", torch.zeros(L, N, B, G, E))
+        buffer("carried_LNBQ", torch.zeros(L, N, B, Q))
+        buffer("answers_SE", torch.zeros(N * B, E))
         # Constants are buffers, too: made inside a graph they would be copies from the host.
+        own_NRLGE = torch.stack([net.own_later_RLGE.detach() for net in nets])
+        decays_D = torch.tensor(DECAYS)
+        buffer("rates_D11", 1 - decays_D[:, None, None])
+        # The rows behind a map and a use, as an expert's that is not used leave them; its age is
+        # added by itself.
+        unused_own_NRLGE = own_NRLGE[:, 2:].clone()
+        unused_own_NRLGE[:, : len(DECAYS)] *= decays_D[:, None, None, None]
+        unused_own_NRLGE[:, _AGE - 2] = 0.0
+        buffer("unused_own_NRLGE", unused_own_NRLGE)
+        # What a use adds through its own row and the averages, whatever the past.
+        averages_NLGE = torch.einsum("d,ndlge->nlge", 1 - decays_D, own_NRLGE[:, _AVERAGES])
+        buffer("gain_NLGE", own_NRLGE[:, 1] + averages_NLGE)
         buffer("first_past_RLE", first_past_RLE(popularity_LE))
-        buffer("decays_D", torch.tensor(DECAYS))
-        each_G = torch.tensor(discounts) / (len(discounts) * len(nets) * B)
-        buffer("share_1N", each_G.repeat(B)[None])  # of each discount's answer in the mean
+        buffer("share_G", torch.tensor(discounts) / (G * N * B))  # of one answer in the mean
+        buffer("weights_MN", copy_weights(torch.arange(COPY_MAX_MATCH + 1)))
         buffer("follow_WW", copy_follow_PW(torch.arange(W), W))
         buffer("places_W", torch.arange(W))
         buffer("token_ids_V", torch.cat([token_ids_V, token_ids_V.new_tensor([_NEVER])]))
         buffer("said_N", calibration.said_N)
         buffer("true_N", calibration.true_N)
+        self._later_use: Callable[..., None] | None = None
+        if kernels:
+            try:
+                from predictors.kernels.later_use import later_use
+            except ImportError as error:
+                raise ImportError(
+                    f"kernels=True needs Triton ({error}): install it, or take kernels=False"
+                ) from error
+            self._later_use = later_use
+            for name, weights in (
+                ("pass_on_LNIQ", [net.pass_on_LEQ for net in nets]),
+                ("take_LNQJ", [net.take_LQE for net in nets]),
+                ("mix_LNIJ", [net.mix_later_LEE for net in nets]),
+                ("own_LNJ", [net.own_later_RLGE[0].flatten(1) for net in nets]),
+            ):
+                buffer(name, torch.stack([weight.detach() for weight in weights], 1))
 
     @torch.no_grad()
     def begin(self) -> None:
         """New requests in all rows."""
-        self.past_RBLE.copy_(self.first_past_RLE[:, None].expand_as(self.past_RBLE))
-        for name in ("copies_MBLE", "match_BW", "uses_BWJ"):
-            self.get_buffer(name).zero_()
+        self.rows_BRLE.zero_()
+        self.rows_BRLE[:, :NUM_PAST] = as_rows(self.first_past_RLE)
+        self.age_BLE.copy_(self.first_past_RLE[-1].expand_as(self.age_BLE))
+        for buffer in (self.match_BW, self.uses_BWJ, self.oldest_1):
+            buffer.zero_()
         self.ids_BW.fill_(_EMPTY)
         self.tokens_B3.fill_(self._num_known)
         self._say()
 
     @torch.no_grad()
     def on_token(
-        self, expert_map_BLE: Tensor, token_ids_B: Tensor, next_token_ids_B: Tensor
+        self, expert_map_BLE: Tensor | None, token_ids_B: Tensor, next_token_ids_B: Tensor
     ) -> None:
         """Add a token of each row to its past and look ahead again."""
-        map_BLE, use_BLE = top_k_map(expert_map_BLE, self._top_k)
-        self.past_RBLE.copy_(self._routed(self.past_RBLE, map_BLE, use_BLE))
-        for window, newest in ((self.ids_BW, token_ids_B), (self.uses_BWJ, use_BLE.flatten(1))):
-            window.copy_(window.roll(-1, 1))
-            window[:, -1] = newest
+        rows_BRLE = self.rows_BRLE
+        if expert_map_BLE is not None:
+            rows_BRLE[:, 0], rows_BRLE[:, 1] = top_k_map(expert_map_BLE, self._top_k)
+        use_BLE = rows_BRLE[:, 1]
+        rows_BRLE[:, _AVERAGES].lerp_(use_BLE[:, None], self.rates_D11)
+        self.age_BLE.add_(1).mul_(1 - use_BLE)
+        rows_BRLE[:, _AGE] = as_age_row(self.age_BLE)
+        self.ids_BW.copy_(torch.cat([self.ids_BW[:, 1:], token_ids_B[:, None]], 1))
+        self.uses_BWJ.index_copy_(1, self.oldest_1, use_BLE.flatten(1)[:, None])
+        self.oldest_1.add_(1).remainder_(COPY_WINDOW)
         # A place moves left as its predecessor was: match_BW needs no roll.
         same_BW = self.ids_BW == self._sought(next_token_ids_B)[:, None]
-        self.match_BW.add_(1).masked_fill_(~same_BW, 0)
+        self.match_BW.add_(1).clamp_(max=COPY_MAX_MATCH).mul_(same_BW)
         self._copy()
-        self._see(next_token_ids_B, token_ids_B, self.tokens_B3[:, 1])
+        self._see(torch.stack([next_token_ids_B, token_ids_B], 1), self.tokens_B3[:, 1:2])
         self._say()
 
     @torch.no_grad()
@@ -173,16 +208,17 @@ class ForecasterGraph(GraphPredictor):
         """
         T, W = min(expert_map_BTLE.shape[1], COPY_WINDOW), COPY_WINDOW
         map_BTLE, use_BTLE = top_k_map(expert_map_BTLE[:, -T:], self._top_k)
-        ids_BT = token_ids_BT[:, -T:]
+        ids_BT, rows_BRLE = token_ids_BT[:, -T:], self.rows_BRLE
         since_T = torch.arange(T - 1, -1, -1, device=use_BTLE.device)
         for d, decay in enumerate(DECAYS):
             weight_T = (1 - decay) * decay ** since_T.float()
-            self.past_RBLE[2 + d].mul_(decay**T).add_(
+            rows_BRLE[:, _AVERAGES][:, d].mul_(decay**T).add_(
                 torch.einsum("t,btle->ble", weight_T, use_BTLE)
             )
         age_BTLE = torch.where(use_BTLE > 0, since_T[:, None, None].float(), torch.inf)
-        self.past_RBLE[-1] = torch.minimum(self.past_RBLE[-1] + T, age_BTLE.amin(1))
-        self.past_RBLE[0], self.past_RBLE[1] = map_BTLE[:, -1], use_BTLE[:, -1]
+        self.age_BLE.add_(T).copy_(torch.minimum(self.age_BLE, age_BTLE.amin(1)))
+        rows_BRLE[:, _AGE] = as_age_row(self.age_BLE)
+        rows_BRLE[:, 0], rows_BRLE[:, 1] = map_BTLE[:, -1], use_BTLE[:, -1]
         self.ids_BW[:, W - T :] = ids_BT
         self.uses_BWJ[:, W - T :] = use_BTLE.flatten(2)
         # How many tokens up to each place agree with the last ones, the next one counted first.
@@ -196,91 +232,115 @@ class ForecasterGraph(GraphPredictor):
             same_BW = same_BW & agrees_BW & (self.places_W >= back)
             self.match_BW.add_(same_BW)
         self._copy()
-        before_last_B = ids_BT[:, -2] if T > 1 else torch.full_like(next_token_ids_B, _EMPTY)
-        self._see(next_token_ids_B, ids_BT[:, -1], self._rows(before_last_B))
+        before_last_B1 = self.ids_BW[:, -2, None]
+        self._see(torch.stack([next_token_ids_B, ids_BT[:, -1]], 1), self._rows(before_last_B1))
         self._say()
 
     @torch.no_grad()
-    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
+    def on_routed(
+        self,
+        layer: int,
+        topk_expert_ids_BK: Tensor,
+        topk_probs_BK: Tensor,
+        out_E: Tensor | None = None,
+    ) -> Tensor:
         """What the layer's experts are worth after this token; `ForecasterNet.after_layer`."""
-        if layer == 0:
-            self.routed_LBI.zero_()
-        routed_BI = self.routed_LBI[layer]
-        map_BE, use_BE = routed_BI.chunk(2, 1)
+        if out_E is None:
+            out_E = torch.empty_like(self.next_LE[layer])
+        if self._later_use is None:
+            return self._answer_in_torch(layer, topk_expert_ids_BK, topk_probs_BK, out_E)
+        is_last, alone = layer + 1 == len(self.carried_LNBQ), len(self.answers_SE) == 1
+        self._later_use(
+            topk_expert_ids_BK=topk_expert_ids_BK.contiguous(),
+            topk_probs_BK=topk_probs_BK.contiguous(),
+            carried_NBQ=self.carried_LNBQ[layer],
+            passed_on_NBQ=None if is_last else self.carried_LNBQ[layer + 1],
+            pass_on_NIQ=self.pass_on_LNIQ[layer],
+            take_NQJ=self.take_LNQJ[layer],
+            mix_NIJ=self.mix_LNIJ[layer],
+            own_NJ=self.own_LNJ[layer],
+            said_NBJ=self.later_LNBGE[layer],
+            used_NBJ=self.used_LNBGE[layer],
+            share_G=self.share_G,
+            map_BE=self.rows_BRLE[:, 0, layer],
+            use_BE=self.rows_BRLE[:, 1, layer],
+            answers_SE=out_E[None] if alone else self.answers_SE,
+        )
+        return out_E if alone else torch.sum(self.answers_SE, 0, out=out_E)
+
+    def _answer_in_torch(
+        self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor, out_E: Tensor
+    ) -> Tensor:
+        """What `kernels.later_use` computes; also its reference."""
+        map_BE, use_BE = self.rows_BRLE[:, 0, layer], self.rows_BRLE[:, 1, layer]
         probs_BK = topk_probs_BK.float()
-        map_BE.scatter_(1, topk_expert_ids_BK, probs_BK / probs_BK.sum(-1, keepdim=True))
-        use_BE.scatter_(1, topk_expert_ids_BK, 1.0)
-        later_E = torch.zeros_like(self.next_LE[layer])
+        probs_BK = probs_BK / probs_BK.sum(-1, keepdim=True)
+        map_BE.zero_().scatter_(1, topk_expert_ids_BK, probs_BK)
+        use_BE.zero_().scatter_(1, topk_expert_ids_BK, 1.0)
+        routed_BI = torch.cat([map_BE, use_BE], 1)
+        out_E.zero_()
         for n, net in enumerate(self.nets):
             assert isinstance(net, ForecasterNet)
-            said = self._said(n)
-            start_BQ = said.carry_BQ if layer == 0 else said.carried_BQ
-            said.carried_BQ.copy_(torch.addmm(start_BQ, routed_BI, net.pass_on_LEQ[layer]))
+            later_BGE, used_BGE = self.later_LNBGE[layer, n], self.used_LNBGE[layer, n]
+            carried_BQ = torch.addmm(self.carried_LNBQ[layer, n], routed_BI, net.pass_on_LEQ[layer])
+            if layer + 1 < len(self.carried_LNBQ):
+                self.carried_LNBQ[layer + 1, n] = carried_BQ
             mixed_BJ = torch.addmm(
-                routed_BI @ net.mix_later_LEE[layer], F.gelu(said.carried_BQ), net.take_LQE[layer]
+                routed_BI @ net.mix_later_LEE[layer], F.gelu(carried_BQ), net.take_LQE[layer]
             )
-            log_odds_BGE = (
-                mixed_BJ.view(said.later_BLGE[:, layer].shape) + said.later_BLGE[:, layer]
-            )
+            log_odds_BGE = mixed_BJ.view_as(later_BGE) + later_BGE
             log_odds_BGE.addcmul_(map_BE[:, None], net.own_later_RLGE[0, layer])
-            log_odds_BGE.addcmul_(use_BE[:, None], said.used_BLGE[:, layer])
-            answers_NE = log_odds_BGE.sigmoid_().flatten(0, 1)
-            later_E = later_E + (self.share_1N @ answers_NE)[0]
-        return later_E
-
-    def _said(self, n: int) -> _Said:
-        names = ("later_{}_BLGE", "used_{}_BLGE", "carry_{}_BQ", "carried_{}_BQ")
-        return _Said(*(self.get_buffer(name.format(n)) for name in names))
-
-    def _routed(self, past: Tensor, map_: Tensor, use: Tensor) -> Tensor:
-        """`token_history.next_past_RLE` for any shape behind R."""
-        decays = self.decays_D.view(-1, *[1] * use.ndim)
-        averages = decays * past[2:-1] + (1 - decays) * use
-        age = (past[-1] + 1).masked_fill(use > 0, 0.0)
-        return torch.cat([map_[None], use[None], averages, age[None]])
+            log_odds_BGE.addcmul_(use_BE[:, None], used_BGE)
+            out_E += torch.einsum("g,bge->e", self.share_G, log_odds_BGE.sigmoid_())
+        return out_E
 
     def _sought(self, token_ids_B: Tensor) -> Tensor:
         """What to look for in the window: nothing, where an id is not known."""
         return token_ids_B.masked_fill(token_ids_B < 0, _NEVER)
 
-    def _rows(self, token_ids_B: Tensor) -> Tensor:
+    def _rows(self, token_ids: Tensor) -> Tensor:
         """The tokens' embedding rows."""
-        row_B = torch.searchsorted(self.token_ids_V, token_ids_B)
-        return row_B.masked_fill(self.token_ids_V[row_B] != token_ids_B, self._num_known)
+        row = torch.searchsorted(self.token_ids_V, token_ids)
+        return row.masked_fill(self.token_ids_V[row] != token_ids, self._num_known)
 
-    def _see(self, next_ids_B: Tensor, ids_B: Tensor, row_before_B: Tensor) -> None:
-        rows = [self._rows(next_ids_B), self._rows(ids_B), row_before_B]
-        self.tokens_B3.copy_(torch.stack(rows, 1))
+    def _see(self, next_and_last_B2: Tensor, row_before_B1: Tensor) -> None:
+        self.tokens_B3.copy_(torch.cat([self._rows(next_and_last_B2), row_before_B1], 1))
 
     def _copy(self) -> None:
         """`token_history` on copies, over the whole window at once."""
-        weights_MBW = copy_weights(self.match_BW)
-        weights_MBW[..., -1] = 0.0  # the last place has no successor yet
-        spread_MBW = weights_MBW @ self.follow_WW
+        weights_MBW = self.weights_MN[:, self.match_BW]
+        # The last place has no successor yet: nothing follows it, and it does not count.
+        total_MB = 1 + weights_MBW[..., :-1].sum(-1)
+        place_of_slot_W = (self.places_W - self.oldest_1).remainder_(COPY_WINDOW)
+        spread_MBW = (weights_MBW @ self.follow_WW).index_select(2, place_of_slot_W)
         copies_BMJ = torch.bmm(spread_MBW.transpose(0, 1), self.uses_BWJ)
-        copies_MBJ = copies_BMJ.transpose(0, 1) / (1 + weights_MBW.sum(-1, keepdim=True))
-        self.copies_MBLE.copy_(copies_MBJ.view_as(self.copies_MBLE))
+        copies_BMLE = self.rows_BRLE[:, NUM_PAST:]
+        torch.div(copies_BMJ.view(copies_BMLE.shape), total_MB.T[..., None, None], out=copies_BMLE)
 
     def _say(self) -> None:
-        rows_BRLE = torch.cat([as_rows(self.past_RBLE), self.copies_MBLE]).transpose(0, 1)
-        next_BLE = ahead_BLE = torch.zeros_like(self.past_RBLE[0])
-        # What the token at hand makes of the rows if it does not use an expert, but for its map.
-        unused_RBLE = as_rows(
-            self._routed(self.past_RBLE, *[torch.zeros_like(self.past_RBLE[0])] * 2)
-        )
-        unused_RBLE = torch.cat([unused_RBLE, self.copies_MBLE])
+        age_BL1E = as_age_row(self.age_BLE + 1)[:, :, None]  # of what the token does not use
+        next_BLE, ahead_BLE = [], []
         for n, net in enumerate(self.nets):
             assert isinstance(net, ForecasterNet)
-            before, said = net.before(rows_BRLE, self.tokens_B3), self._said(n)
-            own_RLGE = net.own_later_RLGE
-            unused_BLGE = torch.einsum("rble,rlge->blge", unused_RBLE[2:], own_RLGE[2:])
-            said.later_BLGE.copy_(before.later_BLGE + unused_BLGE)
-            age_BL1E = unused_RBLE[NUM_PAST - 1][:, :, None]
-            gain_LGE = self.get_buffer(f"gain_{n}_LGE")
-            said.used_BLGE.copy_(gain_LGE - age_BL1E * own_RLGE[NUM_PAST - 1])
-            said.carry_BQ.copy_(before.carry_BQ)
-            next_BLE = next_BLE + before.next_BLE.sigmoid() / len(self.nets)
-            ahead_BLE = ahead_BLE + before.ahead_BLE.sigmoid() / len(self.nets)
-        next_BLE = interpolate(next_BLE, self.said_N, self.true_N)
-        self.next_LE.copy_(next_BLE.mean(0))
-        self.forecast_LE.copy_(torch.maximum(next_BLE, ahead_BLE).mean(0))
+            before = net.before(self.rows_BRLE, self.tokens_B3)
+            aged_BLGE = age_BL1E * net.own_later_RLGE[_AGE]
+            unused_BLGE = torch.einsum(
+                "brle,rlge->blge", self.rows_BRLE[:, 2:], self.unused_own_NRLGE[n]
+            )
+            later_BLGE, used_BLGE = (
+                said_LNBGE[:, n].transpose(0, 1)
+                for said_LNBGE in (self.later_LNBGE, self.used_LNBGE)
+            )
+            torch.add(before.later_BLGE + unused_BLGE, aged_BLGE, out=later_BLGE)
+            torch.sub(self.gain_NLGE[n], aged_BLGE, out=used_BLGE)
+            self.carried_LNBQ[0, n] = before.carry_BQ
+            next_BLE.append(before.next_BLE.sigmoid())
+            ahead_BLE.append(before.ahead_BLE.sigmoid())
+        calibrated_BLE = interpolate(_mean(next_BLE), self.said_N, self.true_N)
+        torch.mean(calibrated_BLE, 0, out=self.next_LE)
+        torch.mean(torch.maximum(calibrated_BLE, _mean(ahead_BLE)), 0, out=self.forecast_LE)
+
+
+def _mean(each: Sequence[Tensor]) -> Tensor:
+    """The nets' mean, without a launch where there is one net."""
+    return each[0] if len(each) == 1 else torch.stack(list(each)).mean(0)

@@ -32,18 +32,25 @@ class GraphPredictor(nn.Module, ABC):
 
     @abstractmethod
     def on_token(
-        self, expert_map_BLE: Tensor, token_ids_B: Tensor, next_token_ids_B: Tensor
+        self, expert_map_BLE: Tensor | None, token_ids_B: Tensor, next_token_ids_B: Tensor
     ) -> None:
         """All rows' tokens have passed all layers: look ahead again.
 
         Args:
-            expert_map_BLE: float32, their router probabilities.
+            expert_map_BLE: float32, their router probabilities; None where `on_routed` has been
+                shown all layers, which then is what counts and spares sorting the maps.
             token_ids_B: int64, the finished tokens' ids, -1 = not known.
             next_token_ids_B: int64, the ids that are fed next, likewise.
         """
 
     @abstractmethod
-    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
+    def on_routed(
+        self,
+        layer: int,
+        topk_expert_ids_BK: Tensor,
+        topk_probs_BK: Tensor,
+        out_E: Tensor | None = None,
+    ) -> Tensor:
         """Use of one layer's experts after the tokens that it has just routed, float32 [E].
 
         Called for layers 0, 1, ... in turn, in the unit of ``forecast_LE - next_LE``. It stands
@@ -54,4 +61,5 @@ class GraphPredictor(nn.Module, ABC):
             layer: The layer.
             topk_expert_ids_BK: int64, the experts that run.
             topk_probs_BK: Their probabilities, or weights in proportion to them.
+            out_E: float32, where to put the answer (it is returned); None for a new tensor.
         """

@@ -80,8 +80,12 @@ def next_past_RLE(past_RLE: Tensor, map_LE: Tensor, use_LE: Tensor) -> Tensor:
 
 def as_rows(past_RLE: Tensor) -> Tensor:
     """A past as the net reads it: ages on a logarithmic scale."""
-    age_1LE = _AGE_SCALE * past_RLE[-1:].log1p()
-    return torch.cat([past_RLE[:-1], age_1LE])
+    return torch.cat([past_RLE[:-1], as_age_row(past_RLE[-1:])])
+
+
+def as_age_row(age_LE: Tensor) -> Tensor:
+    """Row 6, from tokens since the last use (any shape)."""
+    return _AGE_SCALE * age_LE.log1p()
 
 
 class History:

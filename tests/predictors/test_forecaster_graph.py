@@ -1,5 +1,7 @@
 """Inside a graph the forecaster says what it says token by token on the host."""
 
+import copy
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +13,8 @@ from data.schema import Trace
 from predictors.base import Request
 from predictors.forecaster import Forecaster
 from predictors.forecaster_graph import ForecasterGraph
+from predictors.token_history import COPY_WINDOW, NUM_PAST
+from tests.launches import Launches
 from tests.predictors.fakes import SPEC, random_traces
 
 SMALL: dict[str, Any] = {
@@ -73,7 +77,7 @@ def test_every_forecast_of_a_request_is_the_same(fitted: Forecaster, trace: Trac
         token, upcoming = int(ids_T[t]), int(ids_T[t + 1])
         said = fitted.on_token(state, maps_TLE[t], token_id=token, next_token_id=upcoming)
         graph.on_token(maps_TLE[None, t], ids_T[t : t + 1], ids_T[t + 1 : t + 2])
-    assert graph.copies_MBLE.any(), "nothing was copied: the comparison says little"
+    assert graph.rows_BRLE[:, NUM_PAST:].any(), "nothing was copied: the comparison says little"
 
 
 def test_without_ids_it_goes_by_routing_alone(fitted: Forecaster, trace: Trace) -> None:
@@ -86,7 +90,7 @@ def test_without_ids_it_goes_by_routing_alone(fitted: Forecaster, trace: Trace) 
         graph.on_token(map_LE[None], nothing_B, nothing_B)
     assert said is not None
     torch.testing.assert_close(graph.forecast_LE, said.forecast_LE, **CLOSE)
-    assert not graph.copies_MBLE.any()
+    assert not graph.rows_BRLE[:, NUM_PAST:].any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 20])
@@ -138,3 +142,73 @@ def test_beginning_again_forgets_everything(fitted: Forecaster, trace: Trace) ->
     graph.begin()
     assert torch.equal(graph.forecast_LE, first_LE)
     assert (graph.ids_BW < 0).all()
+
+
+def test_what_layers_have_shown_is_the_token(fitted: Forecaster, trace: Trace) -> None:
+    by_map, by_layer = begun(fitted), begun(fitted)
+    maps_TLE, ids_T = maps_and_ids(trace)
+    for t in range(5):
+        for layer in range(SPEC.num_layers):
+            routed(by_layer, layer, maps_TLE[None, t, layer])
+        by_layer.on_token(None, ids_T[None, t], ids_T[None, t + 1])
+        by_map.on_token(maps_TLE[None, t], ids_T[None, t], ids_T[None, t + 1])
+        torch.testing.assert_close(by_layer.forecast_LE, by_map.forecast_LE, **CLOSE)
+
+
+def test_a_window_that_has_gone_round_forgets_its_oldest_place(fitted: Forecaster) -> None:
+    """The same places in another order: what counts is how long ago they were."""
+    torch.manual_seed(0)
+    num_tokens = COPY_WINDOW + 40
+    maps_BTLE = torch.rand(1, num_tokens, SPEC.num_layers, SPEC.num_experts)
+    ids_BT = torch.randint(0, 3, (1, num_tokens + 1))
+    at_once, one_by_one = begun(fitted), begun(fitted)
+    at_once.on_prompt(maps_BTLE, ids_BT[:, :-1], ids_BT[:, -1])
+    one_by_one.on_prompt(
+        maps_BTLE[:, :COPY_WINDOW], ids_BT[:, :COPY_WINDOW], ids_BT[:, COPY_WINDOW]
+    )
+    for t in range(COPY_WINDOW, num_tokens):
+        one_by_one.on_token(maps_BTLE[:, t], ids_BT[:, t], ids_BT[:, t + 1])
+    assert int(one_by_one.oldest_1) == 40
+    torch.testing.assert_close(
+        one_by_one.rows_BRLE[:, NUM_PAST:], at_once.rows_BRLE[:, NUM_PAST:], **CLOSE
+    )
+
+
+def test_a_layer_is_one_launch_and_a_token_few(fitted: Forecaster) -> None:
+    one_net = copy.copy(fitted)
+    one_net.nets = fitted.nets[:1]
+    graph, kernels = begun(one_net), []
+    graph._later_use = lambda **tensors: kernels.append(tensors)
+    ids_1K, probs_1K = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]])
+    row_E, token_1 = torch.zeros(SPEC.num_experts), torch.tensor([1])
+    with Launches() as launches:
+        graph.on_routed(0, ids_1K, probs_1K, row_E)
+    assert (len(kernels), launches.count) == (1, 0)
+    with Launches() as launches:
+        graph.on_token(None, token_1, token_1)
+    assert launches.count <= 80
+
+
+def test_in_torch_alone_it_says_the_same(fitted: Forecaster, trace: Trace) -> None:
+    maps_TLE, ids_T = maps_and_ids(trace)
+    said = []
+    for kernels in (True, False):
+        graph = fitted.graph_module(batch_size=1, kernels=kernels)
+        graph.begin()
+        later = []
+        for t in range(4):
+            for layer in range(SPEC.num_layers):
+                later.append(routed(graph, layer, maps_TLE[None, t, layer]))
+            graph.on_token(None, ids_T[None, t], ids_T[None, t + 1])
+        said.append(torch.stack([*later, *graph.forecast_LE]))
+    torch.testing.assert_close(*said, **CLOSE)
+
+
+def test_without_triton_kernels_are_refused_at_once(
+    fitted: Forecaster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "predictors.kernels.later_use", raising=False)
+    with pytest.raises(ImportError, match="kernels=False"):
+        fitted.graph_module(batch_size=1)
+    fitted.graph_module(batch_size=1, kernels=False).begin()
