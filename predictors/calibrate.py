@@ -53,7 +53,7 @@ class Calibration:
 
     def __call__(self, next_LE: Tensor) -> Tensor:
         """Calibrated probabilities, any shape; values outside [0, 1] are clamped first."""
-        return interpolate(next_LE, self.said_N, self.true_N)
+        return interpolate(next_LE, self.said_N, self.true_N, slopes(self.said_N, self.true_N))
 
     def tensors(self) -> dict[str, Tensor]:
         """The knots, named for an artifact."""
@@ -65,12 +65,16 @@ class Calibration:
         return cls(tensors["calibration_said_N"], tensors["calibration_true_N"])
 
 
-def interpolate(next_LE: Tensor, said_N: Tensor, true_N: Tensor) -> Tensor:
+def slopes(said_N: Tensor, true_N: Tensor) -> Tensor:
+    """Of the pieces between these knots: float32 [N - 1]."""
+    return true_N.diff() / said_N.diff()
+
+
+def interpolate(next_LE: Tensor, said_N: Tensor, true_N: Tensor, slope_N: Tensor) -> Tensor:
     """The piecewise linear map through these knots, as a program that a CUDA graph can hold."""
     next_LE = next_LE.clamp(0.0, 1.0)
     # right=True: a value on a knot belongs to the piece that starts there.
     piece_LE = torch.bucketize(next_LE, said_N[1:-1], right=True)
-    slope_N = true_N.diff() / said_N.diff()
     return true_N[piece_LE] + slope_N[piece_LE] * (next_LE - said_N[piece_LE])
 
 

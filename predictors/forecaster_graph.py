@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from predictors.calibrate import Calibration, interpolate
+from predictors.calibrate import Calibration, interpolate, slopes
+from predictors.forecaster_before import ForecasterBefore
 from predictors.forecaster_net import ForecasterNet
 from predictors.graph import GraphPredictor
 from predictors.token_history import (
+    AGE_ROW,
+    AVERAGE_ROWS,
     COPY_MAX_MATCH,
     COPY_WINDOW,
     DECAYS,
@@ -38,23 +41,22 @@ from predictors.token_history import (
 
 _EMPTY = -2  # id in an empty place of the window: unlike -1, it is never looked for
 _NEVER = 1 << 62  # behind all ids, so that a search always ends at a place
-_AVERAGES = slice(2, 2 + len(DECAYS))
-_AGE = NUM_PAST - 1
 
 
 class ForecasterGraph(GraphPredictor):
     """See the module's docstring; `Forecaster.graph_module` makes it.
 
     Args:
-        nets: Fitted, in evaluation mode; their probabilities are averaged.
+        nets: Fitted, in evaluation mode; their probabilities are averaged. Parts of them become
+            this module's own.
         popularity_LE: float32, where a request's averages start.
         token_ids_V: int64, ascending: the tokens that have an embedding, in the order of its rows.
         discounts: g of the targets.
         calibration: Of *next*.
         top_k: K.
         batch_size: B.
-        kernels: Answer in one launch (`predictors.kernels.later_use`), for which the weights that
-            it reads are held twice; False does it in torch, in some sixteen.
+        kernels: Answer in one launch (`predictors.kernels.later_use`); False does it in torch, in
+            some sixteen.
 
     Raises:
         ImportError: ``kernels`` without Triton.
@@ -73,7 +75,7 @@ class ForecasterGraph(GraphPredictor):
     answers_SE: Tensor
     first_past_RLE: Tensor
     rates_D11: Tensor
-    unused_own_NRLGE: Tensor
+    own_age_NLGE: Tensor
     gain_NLGE: Tensor
     share_G: Tensor
     weights_MN: Tensor
@@ -82,6 +84,7 @@ class ForecasterGraph(GraphPredictor):
     token_ids_V: Tensor
     said_N: Tensor
     true_N: Tensor
+    slope_N: Tensor
     pass_on_LNIQ: Tensor
     take_LNQJ: Tensor
     mix_LNIJ: Tensor
@@ -102,7 +105,7 @@ class ForecasterGraph(GraphPredictor):
         super().__init__()
         B, (L, E), W = batch_size, popularity_LE.shape, COPY_WINDOW
         N, G, Q = len(nets), len(discounts), nets[0].carry.out_features
-        self.nets = nn.ModuleList(nets)
+        self.before = nn.ModuleList(map(ForecasterBefore, nets))
         self._top_k, self._num_known = top_k, len(token_ids_V)
 
         def buffer(name: str, value: Tensor) -> None:
@@ -127,14 +130,9 @@ class ForecasterGraph(GraphPredictor):
         own_NRLGE = torch.stack([net.own_later_RLGE.detach() for net in nets])
         decays_D = torch.tensor(DECAYS)
         buffer("rates_D11", 1 - decays_D[:, None, None])
-        # The rows behind a map and a use, as an expert's that is not used leave them; its age is
-        # added by itself.
-        unused_own_NRLGE = own_NRLGE[:, 2:].clone()
-        unused_own_NRLGE[:, : len(DECAYS)] *= decays_D[:, None, None, None]
-        unused_own_NRLGE[:, _AGE - 2] = 0.0
-        buffer("unused_own_NRLGE", unused_own_NRLGE)
         # What a use adds through its own row and the averages, whatever the past.
-        averages_NLGE = torch.einsum("d,ndlge->nlge", 1 - decays_D, own_NRLGE[:, _AVERAGES])
+        averages_NLGE = torch.einsum("d,ndlge->nlge", 1 - decays_D, own_NRLGE[:, AVERAGE_ROWS])
+        buffer("own_age_NLGE", own_NRLGE[:, AGE_ROW])
         buffer("gain_NLGE", own_NRLGE[:, 1] + averages_NLGE)
         buffer("first_past_RLE", first_past_RLE(popularity_LE))
         buffer("share_G", torch.tensor(discounts) / (G * N * B))  # of one answer in the mean
@@ -144,6 +142,14 @@ class ForecasterGraph(GraphPredictor):
         buffer("token_ids_V", torch.cat([token_ids_V, token_ids_V.new_tensor([_NEVER])]))
         buffer("said_N", calibration.said_N)
         buffer("true_N", calibration.true_N)
+        buffer("slope_N", slopes(calibration.said_N, calibration.true_N))
+        for name, weights in (
+            ("pass_on_LNIQ", [net.pass_on_LEQ for net in nets]),
+            ("take_LNQJ", [net.take_LQE for net in nets]),
+            ("mix_LNIJ", [net.mix_later_LEE for net in nets]),
+            ("own_LNJ", [net.own_later_RLGE[0].flatten(1) for net in nets]),
+        ):
+            buffer(name, torch.stack([weight.detach() for weight in weights], 1))
         self._later_use: Callable[..., None] | None = None
         if kernels:
             try:
@@ -153,13 +159,6 @@ class ForecasterGraph(GraphPredictor):
                     f"kernels=True needs Triton ({error}): install it, or take kernels=False"
                 ) from error
             self._later_use = later_use
-            for name, weights in (
-                ("pass_on_LNIQ", [net.pass_on_LEQ for net in nets]),
-                ("take_LNQJ", [net.take_LQE for net in nets]),
-                ("mix_LNIJ", [net.mix_later_LEE for net in nets]),
-                ("own_LNJ", [net.own_later_RLGE[0].flatten(1) for net in nets]),
-            ):
-                buffer(name, torch.stack([weight.detach() for weight in weights], 1))
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -182,9 +181,9 @@ class ForecasterGraph(GraphPredictor):
         if expert_map_BLE is not None:
             rows_BRLE[:, 0], rows_BRLE[:, 1] = top_k_map(expert_map_BLE, self._top_k)
         use_BLE = rows_BRLE[:, 1]
-        rows_BRLE[:, _AVERAGES].lerp_(use_BLE[:, None], self.rates_D11)
+        rows_BRLE[:, AVERAGE_ROWS].lerp_(use_BLE[:, None], self.rates_D11)
         self.age_BLE.add_(1).mul_(1 - use_BLE)
-        rows_BRLE[:, _AGE] = as_age_row(self.age_BLE)
+        rows_BRLE[:, AGE_ROW] = as_age_row(self.age_BLE)
         self.ids_BW.copy_(torch.cat([self.ids_BW[:, 1:], token_ids_B[:, None]], 1))
         self.uses_BWJ.index_copy_(1, self.oldest_1, use_BLE.flatten(1)[:, None])
         self.oldest_1.add_(1).remainder_(COPY_WINDOW)
@@ -212,12 +211,12 @@ class ForecasterGraph(GraphPredictor):
         since_T = torch.arange(T - 1, -1, -1, device=use_BTLE.device)
         for d, decay in enumerate(DECAYS):
             weight_T = (1 - decay) * decay ** since_T.float()
-            rows_BRLE[:, _AVERAGES][:, d].mul_(decay**T).add_(
+            rows_BRLE[:, AVERAGE_ROWS][:, d].mul_(decay**T).add_(
                 torch.einsum("t,btle->ble", weight_T, use_BTLE)
             )
         age_BTLE = torch.where(use_BTLE > 0, since_T[:, None, None].float(), torch.inf)
         self.age_BLE.add_(T).copy_(torch.minimum(self.age_BLE, age_BTLE.amin(1)))
-        rows_BRLE[:, _AGE] = as_age_row(self.age_BLE)
+        rows_BRLE[:, AGE_ROW] = as_age_row(self.age_BLE)
         rows_BRLE[:, 0], rows_BRLE[:, 1] = map_BTLE[:, -1], use_BTLE[:, -1]
         self.ids_BW[:, W - T :] = ids_BT
         self.uses_BWJ[:, W - T :] = use_BTLE.flatten(2)
@@ -279,18 +278,19 @@ class ForecasterGraph(GraphPredictor):
         use_BE.zero_().scatter_(1, topk_expert_ids_BK, 1.0)
         routed_BI = torch.cat([map_BE, use_BE], 1)
         out_E.zero_()
-        for n, net in enumerate(self.nets):
-            assert isinstance(net, ForecasterNet)
-            later_BGE, used_BGE = self.later_LNBGE[layer, n], self.used_LNBGE[layer, n]
-            carried_BQ = torch.addmm(self.carried_LNBQ[layer, n], routed_BI, net.pass_on_LEQ[layer])
+        for n, later_BGE in enumerate(self.later_LNBGE[layer]):
+            carried_BQ = torch.addmm(
+                self.carried_LNBQ[layer, n], routed_BI, self.pass_on_LNIQ[layer, n]
+            )
             if layer + 1 < len(self.carried_LNBQ):
                 self.carried_LNBQ[layer + 1, n] = carried_BQ
             mixed_BJ = torch.addmm(
-                routed_BI @ net.mix_later_LEE[layer], F.gelu(carried_BQ), net.take_LQE[layer]
+                routed_BI @ self.mix_LNIJ[layer, n], F.gelu(carried_BQ), self.take_LNQJ[layer, n]
             )
             log_odds_BGE = mixed_BJ.view_as(later_BGE) + later_BGE
-            log_odds_BGE.addcmul_(map_BE[:, None], net.own_later_RLGE[0, layer])
-            log_odds_BGE.addcmul_(use_BE[:, None], used_BGE)
+            own_GE = self.own_LNJ[layer, n].view_as(log_odds_BGE[0])
+            log_odds_BGE.addcmul_(map_BE[:, None], own_GE)
+            log_odds_BGE.addcmul_(use_BE[:, None], self.used_LNBGE[layer, n])
             out_E += torch.einsum("g,bge->e", self.share_G, log_odds_BGE.sigmoid_())
         return out_E
 
@@ -319,28 +319,21 @@ class ForecasterGraph(GraphPredictor):
 
     def _say(self) -> None:
         age_BL1E = as_age_row(self.age_BLE + 1)[:, :, None]  # of what the token does not use
-        next_BLE, ahead_BLE = [], []
-        for n, net in enumerate(self.nets):
-            assert isinstance(net, ForecasterNet)
-            before = net.before(self.rows_BRLE, self.tokens_B3)
-            aged_BLGE = age_BL1E * net.own_later_RLGE[_AGE]
-            unused_BLGE = torch.einsum(
-                "brle,rlge->blge", self.rows_BRLE[:, 2:], self.unused_own_NRLGE[n]
-            )
+        likely_BL2E = []
+        for n, before in enumerate(self.before):
+            said_BLXE, self.carried_LNBQ[0, n] = before(self.rows_BRLE, self.tokens_B3)
+            aged_BLGE = age_BL1E * self.own_age_NLGE[n]
             later_BLGE, used_BLGE = (
                 said_LNBGE[:, n].transpose(0, 1)
                 for said_LNBGE in (self.later_LNBGE, self.used_LNBGE)
             )
-            torch.add(before.later_BLGE + unused_BLGE, aged_BLGE, out=later_BLGE)
+            torch.add(said_BLXE[:, :, 2:], aged_BLGE, out=later_BLGE)
             torch.sub(self.gain_NLGE[n], aged_BLGE, out=used_BLGE)
-            self.carried_LNBQ[0, n] = before.carry_BQ
-            next_BLE.append(before.next_BLE.sigmoid())
-            ahead_BLE.append(before.ahead_BLE.sigmoid())
-        calibrated_BLE = interpolate(_mean(next_BLE), self.said_N, self.true_N)
-        torch.mean(calibrated_BLE, 0, out=self.next_LE)
-        torch.mean(torch.maximum(calibrated_BLE, _mean(ahead_BLE)), 0, out=self.forecast_LE)
-
-
-def _mean(each: Sequence[Tensor]) -> Tensor:
-    """The nets' mean, without a launch where there is one net."""
-    return each[0] if len(each) == 1 else torch.stack(list(each)).mean(0)
+            likely_BL2E.append(said_BLXE[:, :, :2].sigmoid())
+        mean_BL2E = likely_BL2E[0]
+        if len(likely_BL2E) > 1:  # one net spares the launches
+            mean_BL2E = torch.stack(likely_BL2E).mean(0)
+        next_BLE, ahead_BLE = mean_BL2E.unbind(2)
+        next_BLE = interpolate(next_BLE, self.said_N, self.true_N, self.slope_N)
+        torch.mean(next_BLE, 0, out=self.next_LE)
+        torch.mean(torch.maximum(next_BLE, ahead_BLE), 0, out=self.forecast_LE)

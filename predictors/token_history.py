@@ -39,6 +39,8 @@ from data.schema import Trace
 
 DECAYS: Final = (0.5, 0.8, 0.93, 0.98)
 NUM_PAST: Final = 3 + len(DECAYS)
+AVERAGE_ROWS: Final = slice(2, 2 + len(DECAYS))
+AGE_ROW: Final = NUM_PAST - 1
 COPY_MIN_MATCH: Final = (1, 2)
 NUM_ROWS: Final = NUM_PAST + len(COPY_MIN_MATCH)
 COPY_WINDOW: Final = 1024
