@@ -178,6 +178,23 @@ def test_many_experts_are_compared_in_blocks_of_columns(num_experts: int) -> Non
     assert kernel.counters_LX[0, COUNTERS.index("evictions")] > 40
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_scores_lie_where_the_event_reads_them_wherever_forecasts_lie(name: str) -> None:
+    cache = make(make_policy(name), slots=[3, 3], num_experts=6, top_k=2, kernels=False)
+    elsewhere_LE = torch.rand(2, 6, device=KERNEL_DEVICE)
+    for in_place in (False, True):
+        forecast_LE = cache.keep_LE.copy_(elsewhere_LE) if in_place else elsewhere_LE
+        cache.keep_LE.mul_(1 if in_place else torch.nan)
+        cache.advance(forecast_LE)
+        scores_LE = cache.policy.keep_scores(cache.cache.usage, elsewhere_LE).expand(2, 6)
+        assert torch.equal(cache.keep_LE, scores_LE)
+        forecast_E = cache.keep_LE[1].copy_(elsewhere_LE[0]) if in_place else elsewhere_LE[0]
+        cache.rescore(1, forecast_E)
+        scores_E = cache.policy.keep_scores(cache.cache.layer_usage(1), elsewhere_LE[0])
+        assert torch.equal(cache.keep_LE[1], scores_E.expand(6))
+        assert torch.equal(cache.keep_LE[0], scores_LE[0])
+
+
 def test_a_slot_holds_everything_or_a_multiple_of_64_neurons() -> None:
     with pytest.raises(ValueError, match="slot_neurons=100"):
         make(make_policy("lru"), slots=[2], num_experts=4, top_k=1, kernels=False, held=100)
