@@ -11,7 +11,7 @@ from predictors.kernels import later_use
 
 
 def test_a_small_run_compares_the_kernel_with_torch(capsys: pytest.CaptureFixture[str]) -> None:
-    benchmark.main(["small=true", "batch_sizes=1,3", "num_nets=2", "device=cpu"])
+    benchmark.main(["small=true", "batch_sizes=1,3", "num_nets=2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     cases = result["cases"]
     assert [(case["batch_size"], case["how"]) for case in cases] == [
@@ -26,7 +26,7 @@ def test_a_kernel_that_says_something_else_is_not_timed(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(later_use, "later_use", silent)
     with pytest.raises(SystemExit, match="gpt-oss-20b, 1 rows: the kernel is off by"):
-        benchmark.main(["small=true", "batch_sizes=1", "device=cpu"])
+        benchmark.main(["small=true", "batch_sizes=1"])
 
 
 @pytest.mark.parametrize(

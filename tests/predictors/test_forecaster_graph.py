@@ -14,6 +14,7 @@ from predictors.base import Request
 from predictors.forecaster import Forecaster
 from predictors.forecaster_graph import ForecasterGraph
 from predictors.token_history import COPY_WINDOW, NUM_PAST
+from tests.devices import INTERPRETED, KERNEL_DEVICE
 from tests.launches import Launches
 from tests.predictors.fakes import SPEC, random_traces
 
@@ -50,7 +51,8 @@ def maps_and_ids(trace: Trace) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def begun(predictor: Forecaster, batch_size: int = 1) -> ForecasterGraph:
-    graph = predictor.graph_module(batch_size=batch_size)
+    # On tensors of the CPU, kernels run by the interpreter only.
+    graph = predictor.graph_module(batch_size=batch_size, kernels=INTERPRETED)
     graph.begin()
     return graph
 
@@ -190,10 +192,10 @@ def test_a_layer_is_one_launch_and_a_token_few(fitted: Forecaster) -> None:
 
 
 def test_in_torch_alone_it_says_the_same(fitted: Forecaster, trace: Trace) -> None:
-    maps_TLE, ids_T = maps_and_ids(trace)
+    maps_TLE, ids_T = (part.to(KERNEL_DEVICE) for part in maps_and_ids(trace))
     said = []
     for kernels in (True, False):
-        graph = fitted.graph_module(batch_size=1, kernels=kernels)
+        graph = fitted.graph_module(batch_size=1, kernels=kernels).to(KERNEL_DEVICE)
         graph.begin()
         later = []
         for t in range(4):
