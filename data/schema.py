@@ -207,14 +207,21 @@ class Trace:
         The whole softmax where it was recorded; else the recorded probabilities of the K experts
         that ran, renormalised; else 1/K for each of them.
         """
+        return self._expert_maps(t, num_experts)
+
+    def expert_maps_TLE(self, num_experts: int) -> npt.NDArray[np.float32]:
+        """`expert_map_LE` of every row: float32 [T, L, E]."""
+        return self._expert_maps(slice(None), num_experts)
+
+    def _expert_maps(self, rows: int | slice, num_experts: int) -> npt.NDArray[np.float32]:
         if self.router_probs_TLE is not None:
-            return np.asarray(self.router_probs_TLE[t], np.float32)
-        ids_LK = self.topk_expert_ids_TLK[t].astype(np.int64)
-        map_LE = np.zeros((ids_LK.shape[0], num_experts), np.float32)
+            return np.asarray(self.router_probs_TLE[rows], np.float32)
+        ids_LK = self.topk_expert_ids_TLK[rows].astype(np.int64)
+        map_LE = np.zeros((*ids_LK.shape[:-1], num_experts), np.float32)
         if self.topk_probs_TLK is None:
-            weights_LK = np.full(ids_LK.shape, 1.0 / ids_LK.shape[1], np.float32)
+            weights_LK = np.full(ids_LK.shape, 1.0 / ids_LK.shape[-1], np.float32)
         else:
-            weights_LK = self.topk_probs_TLK[t].astype(np.float32)
+            weights_LK = self.topk_probs_TLK[rows].astype(np.float32)
             weights_LK = weights_LK / np.maximum(weights_LK.sum(-1, keepdims=True), 1e-9)
         np.put_along_axis(map_LE, ids_LK, weights_LK, axis=-1)
         return map_LE

@@ -78,8 +78,8 @@ class Forecaster(Predictor):
         weight_decay: AdamW's, on matrices.
         dropout: Of inputs and hidden units; token embeddings have 0.3.
         token_capacity: At most so many tokens have an embedding, the most frequent ones.
-        max_fit_tokens: Memory bound, 20 bytes x L x E a token, twice that for a moment: of a larger
-            set, whole requests are left out, evenly spaced.
+        max_fit_tokens: Memory bound, 23 bytes x L x E a token on the device that trains: of a
+            larger set, whole requests are left out, evenly spaced.
         seed: Of initialisation, order and dropout.
         trainer: Where to train (`fit.training`); not part of what is learned.
 
@@ -152,13 +152,18 @@ class Forecaster(Predictor):
             ValueError: Nothing to fit on, or training diverged.
         """
         from predictors.fit.forecaster import examples_of, fit_net  # loads lightning
+        from predictors.fit.training import device_of
 
         start_s = time.perf_counter()
+        device = device_of(self._trainer)
         self.spec = traces.spec
         self._popularity_LE, num_requests, num_tokens = mean_use_LE(traces)
         fitted = self._within_memory(traces)
         self._token_rows = self._vocabulary(fitted)
-        examples = examples_of(fitted, self._popularity_LE, traces.spec.top_k, self._token_rows)
+        examples = examples_of(
+            fitted, self._popularity_LE.to(device), traces.spec.top_k, self._token_rows
+        )
+        features_s = time.perf_counter() - start_s
         self.nets = [
             fit_net(
                 examples,
@@ -176,14 +181,22 @@ class Forecaster(Predictor):
         for net in self.nets:  # an artifact holds halves: what is judged is what is served
             for parameter in net.parameters():
                 parameter.requires_grad_(False).copy_(parameter.half())
+            net.to(device)
+        training_s = time.perf_counter() - start_s - features_s
         self._calibration = Calibration.identity()
         self._calibration, details = fit_calibration(self, traces)
+        for net in self.nets:
+            net.cpu()
+        fit_s = time.perf_counter() - start_s
         details |= {
+            "features_s": features_s,
+            "training_s": training_s,
+            "calibration_s": fit_s - features_s - training_s,
             "num_parameters": sum(p.numel() for net in self.nets for p in net.parameters()),
             "num_known_tokens": len(self._token_rows),
             "num_fitted_tokens": len(examples.examples_M),
         }
-        return FitReport(num_requests, num_tokens, time.perf_counter() - start_s, details)
+        return FitReport(num_requests, num_tokens, fit_s, details)
 
     def new_state(self) -> ForecasterState:
         """An empty past."""
@@ -215,6 +228,27 @@ class Forecaster(Predictor):
         return self._say(state)
 
     @torch.no_grad()
+    def on_tokens(
+        self,
+        state: State,
+        expert_maps_TLE: Tensor,
+        *,
+        token_ids_T: Sequence[int | None],
+        next_token_ids_T: Sequence[int | None],
+    ) -> Forecast | None:
+        """The same for all of a prompt's tokens: the networks look ahead once, after the last."""
+        assert isinstance(state, ForecasterState)
+        assert state.history is not None, "on_request comes before on_tokens"
+        state.num_tokens += len(token_ids_T)
+        state.history.add_all(
+            expert_maps_TLE, token_ids_T=token_ids_T, next_token_ids_T=next_token_ids_T
+        )
+        past = [self._row(token) for token in reversed(token_ids_T[1 - NUM_TOKENS_READ :])]
+        tokens = (self._row(next_token_ids_T[-1]), *past, *state.tokens[1:])
+        state.tokens = tokens[:NUM_TOKENS_READ]
+        return self._say(state)
+
+    @torch.no_grad()
     def on_routed(self, state: State, layer: int, router_probs_E: Tensor) -> Tensor | None:
         """What the layer needs after this token, from its own and the earlier layers' routing."""
         assert isinstance(state, ForecasterState)
@@ -230,10 +264,11 @@ class Forecaster(Predictor):
 
     @torch.no_grad()
     def walk(self, trace: Trace, *, with_truth: bool = False) -> Walked:
-        """The same forecasts, many tokens at once."""
+        """The same forecasts, many tokens at once, on the device where the networks are."""
         spec = self.fitted_spec()
-        past_NRLE, copies_TRLE = histories_of(trace, self._popularity_LE, spec.top_k)
-        tokens_T3 = tokens_read_N3(trace, self._token_rows)[:-1].long()
+        device = self.nets[0].read.weight.device
+        past_NRLE, copies_TRLE = histories_of(trace, self._popularity_LE.to(device), spec.top_k)
+        tokens_T3 = tokens_read_N3(trace, self._token_rows)[:-1].long().to(device)
         forecasts: list[Forecast | None] = []
         shape_LE = self._popularity_LE.shape
         later = [torch.zeros(0, *shape_LE)]
@@ -248,7 +283,7 @@ class Forecaster(Predictor):
             each = [
                 net.after(one, after).sigmoid() for net, one in zip(self.nets, said, strict=True)
             ]
-            later.append(self._discounted(torch.stack(each).mean(0)))
+            later.append(self._discounted(torch.stack(each).mean(0)).cpu())
         return Walked(forecasts, torch.cat(later))
 
     def graph_module(self, *, batch_size: int, kernels: bool = True) -> ForecasterGraph:
@@ -355,12 +390,12 @@ class Forecaster(Predictor):
         return state.forecast
 
     def _mean(self, said: Sequence[Before]) -> tuple[Tensor, Tensor]:
-        """Calibrated *next* and *ahead* of all networks together."""
+        """Calibrated *next* and *ahead* of all networks together, on the CPU."""
         next_BLE = torch.stack([one.next_BLE.sigmoid() for one in said]).mean(0)
         ahead_BLE = torch.stack([one.ahead_BLE.sigmoid() for one in said]).mean(0)
-        return self._calibration(next_BLE), ahead_BLE
+        return self._calibration(next_BLE.cpu()), ahead_BLE.cpu()
 
     def _discounted(self, later_GE: Tensor) -> Tensor:
         """The mean over discounts, one token further away: the unit of ``forecast - next``."""
-        discounts_G1 = torch.tensor(self.discounts)[:, None]
+        discounts_G1 = torch.tensor(self.discounts, device=later_GE.device)[:, None]
         return (discounts_G1 * later_GE).mean(-2)

@@ -21,13 +21,15 @@ phrase that comes back routes much as it did: with t the place at hand and j < t
 with w_j = `_COPY_BASE` ** min(n, `COPY_MAX_MATCH`). This is attention with fixed weights; nothing
 here is learned, and nothing looks past the token whose id is known.
 
-`History` goes token by token and is what serving runs; `histories_of` computes a whole trace at
-once and says the same. Both look back over `COPY_WINDOW` tokens for copies.
+`History` goes along with a request, token by token or a prompt at once, and is what serving runs;
+`histories_of` computes the rows before every token of a trace at once, on any device, and says the
+same. Both look back over `COPY_WINDOW` tokens for copies.
 
 Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · R rows ·
 W tokens in the window · P of them with weight.
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
@@ -52,6 +54,7 @@ _COPY_BASE: Final = 4.0
 _FIRST_AGE: Final = 60.0  # of an expert that this request has not used yet
 _AGE_SCALE: Final = 0.25  # brings a row's values to about 1, as the others' are
 _BLOCK: Final = 512  # tokens whose copies are computed at once
+_SCAN: Final = 64  # tokens whose averages are one product of matrices
 
 _DECAYS_D11 = torch.tensor(DECAYS)[:, None, None]
 
@@ -122,26 +125,53 @@ class History:
         self, expert_map_LE: Tensor, *, token_id: int | None, next_token_id: int | None
     ) -> None:
         """A token has passed all layers; which one comes next may be known."""
-        map_LE, use_LE = top_k_map(expert_map_LE, self._top_k)
-        self._past_RLE = next_past_RLE(self._past_RLE, map_LE, use_LE)
-        # A token without an id matches nothing, not even another one.
-        known = torch.tensor([-1 if token_id is None else token_id])
-        self._ids_W = torch.cat([self._ids_W, known])[-COPY_WINDOW:]
-        self._uses_WJ = torch.cat([self._uses_WJ, use_LE.view(1, -1) > 0])[-COPY_WINDOW:]
-        self._look_up(next_token_id)
+        self.add_all(expert_map_LE[None], token_ids_T=[token_id], next_token_ids_T=[next_token_id])
 
-    def _look_up(self, token_id: int | None) -> None:
-        window = len(self._ids_W)
-        if token_id is None:
-            self._match_W = torch.zeros(window, dtype=torch.int64)
-            self._copies_RLE = self._no_copies
-            return
-        # Places moved on by one, and out of the window at its far end.
-        before_W = torch.cat([torch.zeros(1, dtype=torch.int64), self._match_W])[-window:]
-        self._match_W = torch.where(self._ids_W == token_id, before_W + 1, 0)
-        weights_MW = copy_weights(self._match_W)
-        copied_MJ = _attend(weights_MW[:, None], self._uses_WJ)[:, 0]
-        self._copies_RLE = copied_MJ.view_as(self._no_copies)
+    def add_all(
+        self,
+        expert_maps_TLE: Tensor,
+        *,
+        token_ids_T: Sequence[int | None],
+        next_token_ids_T: Sequence[int | None],
+    ) -> None:
+        """Tokens, at least one, have passed all layers: `add` of each in turn, at once."""
+        map_TLE, use_TLE = top_k_map(expert_maps_TLE, self._top_k)
+        self._past_RLE = _past_after_RLE(self._past_RLE, map_TLE[-1], use_TLE)
+        # A token without an id matches nothing, not even another one.
+        ids_T = torch.tensor([-1 if token is None else token for token in token_ids_T])
+        ids_W = torch.cat([self._ids_W, ids_T])
+        uses_WJ = torch.cat([self._uses_WJ, use_TLE.flatten(1) > 0])
+        # A match further back than `COPY_MAX_MATCH` tokens counts no more than one of so many.
+        num_tokens = len(token_ids_T)
+        match_W = self._match_W
+        if num_tokens >= COPY_MAX_MATCH:
+            match_W = torch.zeros(len(ids_W) - COPY_MAX_MATCH, dtype=torch.int64)
+        for sought in next_token_ids_T[-COPY_MAX_MATCH:]:
+            before_W = torch.cat([torch.zeros(1, dtype=torch.int64), match_W])  # places move on
+            if sought is None:
+                match_W = torch.zeros_like(before_W)
+            else:
+                match_W = torch.where(ids_W[: len(before_W)] == sought, before_W + 1, 0)
+        self._ids_W, self._match_W = ids_W[-COPY_WINDOW:], match_W[-COPY_WINDOW:]
+        self._uses_WJ = uses_WJ[-COPY_WINDOW:]
+        self._copies_RLE = self._no_copies
+        if self._match_W.any():
+            weights_MW = copy_weights(self._match_W)
+            copied_MJ = _attend(weights_MW[:, None], self._uses_WJ)[:, 0]
+            self._copies_RLE = copied_MJ.view_as(self._no_copies)
+
+
+def _past_after_RLE(past_RLE: Tensor, map_LE: Tensor, use_TLE: Tensor) -> Tensor:
+    """`next_past_RLE` of T tokens, of which the last one's map is given."""
+    num_tokens = len(use_TLE)
+    since_T = torch.arange(num_tokens - 1, -1, -1.0)
+    decays_D1 = _DECAYS_D11[:, 0]
+    weights_DT = (1 - decays_D1) * decays_D1**since_T
+    averages = (weights_DT @ use_TLE.flatten(1)).view(-1, *use_TLE.shape[1:])
+    averages += _DECAYS_D11**num_tokens * past_RLE[2:-1]
+    age_TLE = torch.where(use_TLE > 0, since_T[:, None, None], torch.inf)
+    age_LE = torch.minimum(past_RLE[-1] + num_tokens, age_TLE.amin(0))
+    return torch.cat([map_LE[None], use_TLE[-1:], averages, age_LE[None]])
 
 
 def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +179,7 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
 
     Args:
         trace: Any; without token ids its copies are 0.
-        popularity_LE: float32.
+        popularity_LE: float32, on the device where to compute.
         top_k: K.
 
     Returns:
@@ -159,26 +189,43 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
     Raises:
         MoecastError: A recorded probability is NaN or infinite.
     """
-    num_experts = popularity_LE.shape[-1]
-    maps = [trace.expert_map_LE(t, num_experts) for t in range(trace.num_tokens)]
-    maps_TLE = torch.from_numpy(np.stack(maps)) if maps else popularity_LE[None][:0]
+    device, (L, E) = popularity_LE.device, popularity_LE.shape
+    maps_TLE = torch.from_numpy(trace.expert_maps_TLE(E))
     if not maps_TLE.isfinite().all():
         raise MoecastError(f"request {trace.request_id!r}: router probabilities are not finite")
-    map_TLE, use_TLE = top_k_map(maps_TLE, top_k)
-    past_RLE = first_past_RLE(popularity_LE)
-    past = [as_rows(past_RLE)]
-    for map_LE, use_LE in zip(map_TLE, use_TLE, strict=True):
-        past_RLE = next_past_RLE(past_RLE, map_LE, use_LE)
-        past.append(as_rows(past_RLE))
-    copies_TMLE = torch.zeros(trace.num_tokens, len(COPY_MIN_MATCH), *popularity_LE.shape)
+    map_TLE, use_TLE = top_k_map(maps_TLE.to(device), top_k)
+    past_NRLE = torch.zeros(trace.num_tokens + 1, NUM_PAST, L, E, device=device)
+    past_NRLE[1:, 0], past_NRLE[1:, 1] = map_TLE, use_TLE
+    past_NRLE[0, 2:-1] = popularity_LE
+    _average(past_NRLE[:, 2:-1].flatten(2), use_TLE.flatten(1))
+    # Rows are numbered from 1 for the first token, so that 0 is "not used yet".
+    row_N11 = torch.arange(trace.num_tokens + 1, device=device)[:, None, None]
+    last_NLE = (row_N11 * past_NRLE[:, 1].bool()).cummax(0).values
+    age_NLE = torch.where(last_NLE > 0, row_N11 - last_NLE, row_N11 + _FIRST_AGE)
+    past_NRLE[:, -1] = _AGE_SCALE * age_NLE.float().log1p()
+    copies_TMLE = torch.zeros(trace.num_tokens, len(COPY_MIN_MATCH), L, E, device=device)
     if trace.token_ids_P is not None and trace.num_tokens > 1:
         first = trace.first_routed_position
         ids_T = torch.from_numpy(
             trace.token_ids_P[first : first + trace.num_tokens].astype(np.int64)
         )
-        copies_TMJ = _copies_TMJ(ids_T, use_TLE.flatten(1) > 0)
-        copies_TMLE = copies_TMJ.view(*copies_TMJ.shape[:2], *popularity_LE.shape)
-    return torch.stack(past), copies_TMLE
+        copies_TMJ = _copies_TMJ(ids_T.to(device), use_TLE.flatten(1) > 0)
+        copies_TMLE = copies_TMJ.view_as(copies_TMLE)
+    return past_NRLE, copies_TMLE
+
+
+def _average(averages_NDJ: Tensor, use_TJ: Tensor) -> None:
+    """Fill in the averages after each token; row 0 is given."""
+    step_S = torch.arange(_SCAN, device=use_TJ.device)
+    decays_D11 = _DECAYS_D11.to(use_TJ.device)
+    ago_SS = step_S[:, None] - step_S
+    weights_DSS = (1 - decays_D11) * decays_D11 ** ago_SS.clamp(min=0) * (ago_SS >= 0)
+    kept_SD1 = (decays_D11 ** (step_S + 1)[:, None]).transpose(0, 1)
+    for start in range(0, len(use_TJ), _SCAN):
+        part_SJ = use_TJ[start : start + _SCAN]
+        n = len(part_SJ)
+        within_SDJ = (weights_DSS[:, :n, :n] @ part_SJ).transpose(0, 1)
+        averages_NDJ[start + 1 : start + 1 + n] = within_SDJ + kept_SD1[:n] * averages_NDJ[start]
 
 
 def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:
@@ -201,13 +248,15 @@ def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:
 def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
     """Copies before every token but the first, whose id nobody tells in time."""
     num_tokens = len(ids_T)
-    copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1])
+    device = ids_T.device
+    copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1], device=device)
     for start in range(1, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
         low = max(0, start - COPY_WINDOW)
-        now_B1, place_W = torch.arange(start, stop)[:, None], torch.arange(low, stop)
+        now_B1 = torch.arange(start, stop, device=device)[:, None]
+        place_W = torch.arange(low, stop, device=device)
         routed_BW = (place_W < now_B1) & (place_W >= now_B1 - COPY_WINDOW)
-        match_BW = torch.zeros(routed_BW.shape, dtype=torch.int64)
+        match_BW = torch.zeros(routed_BW.shape, dtype=torch.int64, device=device)
         same_BW = routed_BW
         for back in range(COPY_MAX_MATCH):  # one more token back, as long as all after it agree
             same_BW = same_BW & (place_W >= back)
@@ -228,7 +277,7 @@ def copy_weights(match_W: Tensor) -> Tensor:
 
 def copy_follow_PW(places_P: Tensor, num_places: int) -> Tensor:
     """How much each place of the window adds to the copy of what followed another: float32."""
-    steps_PW = torch.arange(num_places) - places_P[:, None] - 1
+    steps_PW = torch.arange(num_places, device=places_P.device) - places_P[:, None] - 1
     return (1 - _COPY_DISCOUNT) * _COPY_DISCOUNT ** steps_PW.clamp(min=0) * (steps_PW >= 0)
 
 
@@ -241,7 +290,9 @@ def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -
         until: bool [B, W], places that have been routed; None for all.
     """
     # The last routed place has no successor yet, so it neither adds nor counts.
-    routed = torch.ones(weights_MBW.shape[1:], dtype=torch.bool) if until is None else until
+    routed = weights_MBW.new_ones(weights_MBW.shape[1:], dtype=torch.bool)
+    if until is not None:
+        routed = until
     has_next = torch.cat([routed[:, 1:], torch.zeros_like(routed[:, :1])], dim=1)
     weights_MBW = weights_MBW * has_next
     places_P = weights_MBW.flatten(0, 1).any(dim=0).nonzero().flatten()

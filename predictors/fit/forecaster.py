@@ -5,7 +5,7 @@ The requests of the split "fit" are laid end to end, as a cache sees them, so th
 use may be in the next request. A request's own past, which is what the net reads, starts anew.
 
 Shape letters: N rows of all requests, each request's T tokens and one more · B rows of a batch ·
-L MoE layers · E experts per layer · R rows of a history · G discounts.
+T tokens · L MoE layers · E experts per layer · R rows of a history · G discounts.
 """
 
 import logging
@@ -23,7 +23,13 @@ from data.schema import Trace
 from predictors.fit.training import TrainerSettings, known_warnings_ignored, make_trainer
 from predictors.forecaster_net import ForecasterNet
 from predictors.routing import expert_use_TLE
-from predictors.token_history import histories_of, tokens_read_N3
+from predictors.token_history import (
+    NUM_PAST,
+    NUM_ROWS,
+    NUM_TOKENS_READ,
+    histories_of,
+    tokens_read_N3,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -53,36 +59,56 @@ def examples_of(
 ) -> Examples:
     """Examples from requests laid end to end.
 
+    Every request is computed at once, straight into its place: besides the result, memory is needed
+    for one request only.
+
     Args:
         traces: In the order in which a cache would see them.
-        popularity_LE: float32.
+        popularity_LE: float32, on the device where the examples are to lie.
         top_k: K.
         token_rows: The embedding row of each known token id; all others share row ``len``.
     """
-    past, copies, uses, tokens, is_example = [], [], [], [], []
+    device, (L, E) = popularity_LE.device, popularity_LE.shape
+    num_tokens = sum(trace.num_tokens for trace in traces)
+    num_rows = num_tokens + len(traces)
+    past_NRLE = torch.zeros(num_rows, NUM_PAST, L, E, dtype=torch.float16, device=device)
+    copies_NRLE = past_NRLE.new_zeros(num_rows, NUM_ROWS - NUM_PAST, L, E)
+    tokens_N3 = torch.zeros(num_rows, NUM_TOKENS_READ, dtype=torch.int32)
+    uses_TLE = torch.zeros(num_tokens, L, E, dtype=torch.bool, device=device)
+    num_before_N = torch.zeros(num_rows, dtype=torch.int64)  # tokens before the row
+    is_example_N = torch.zeros(num_rows, dtype=torch.bool)
+    row = token = 0
     for trace in traces:
+        T = trace.num_tokens
         past_RLE, copies_RLE = histories_of(trace, popularity_LE, top_k)
-        use_TLE = torch.from_numpy(expert_use_TLE(trace, popularity_LE.shape[1])) > 0
-        past.append(past_RLE.half())
-        copies.append(torch.cat([copies_RLE, torch.zeros_like(copies_RLE[:1])]).half())
-        uses.append(use_TLE)
-        tokens.append(tokens_read_N3(trace, token_rows))
-        is_example.append(torch.arange(len(past_RLE)) < len(use_TLE))
-    distances: list[Tensor] = []
-    distance_LE = torch.full(popularity_LE.shape, _NEVER, dtype=torch.int16)
-    for use_TLE in reversed(uses):
-        distances.append(distance_LE)
-        for use_LE in use_TLE.flip(0):
-            distance_LE = torch.where(use_LE, 1, (distance_LE + 1).clamp(max=_NEVER))
-            distances.append(distance_LE)
-    distances.reverse()
+        past_NRLE[row : row + T + 1] = past_RLE
+        copies_NRLE[row : row + T] = copies_RLE
+        tokens_N3[row : row + T + 1] = tokens_read_N3(trace, token_rows)
+        uses_TLE[token : token + T] = torch.from_numpy(expert_use_TLE(trace, E)).to(device)
+        num_before_N[row : row + T + 1] = torch.arange(token, token + T + 1)
+        is_example_N[row : row + T] = True
+        row, token = row + T + 1, token + T
     return Examples(
-        torch.cat(past),
-        torch.cat(copies),
-        torch.stack(distances),
-        torch.cat(tokens),
-        torch.cat(is_example).nonzero().flatten(),
+        past_NRLE,
+        copies_NRLE,
+        _distances(uses_TLE)[num_before_N.to(device)],
+        tokens_N3.to(device),
+        is_example_N.nonzero().flatten(),
     )
+
+
+def _distances(uses_TLE: Tensor) -> Tensor:
+    """Tokens until the next use, before each token and after the last: int16 [T + 1, L, E]."""
+    num_tokens, num_layers, _ = uses_TLE.shape
+    distance_TLE = uses_TLE.new_full(
+        (num_tokens + 1, *uses_TLE.shape[1:]), _NEVER, dtype=torch.int16
+    )
+    place_T1 = torch.arange(num_tokens, dtype=torch.int32, device=uses_TLE.device)[:, None]
+    for layer in range(num_layers):  # one at a time: the search for the next use takes int64
+        used_TE = torch.where(uses_TLE[:, layer], place_T1, place_T1 + _NEVER)
+        next_TE = used_TE.flip(0).cummin(0).values.flip(0)
+        distance_TLE[:-1, layer] = (next_TE - place_T1 + 1).clamp(max=_NEVER)
+    return distance_TLE
 
 
 class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]

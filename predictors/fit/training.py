@@ -68,6 +68,16 @@ def make_trainer(
     )
 
 
+def device_of(settings: TrainerSettings | None) -> torch.device:
+    """Where a trainer of these settings trains; the CPU if it is on several devices.
+
+    Examples that are made there need no copy. Several devices are processes of their own, each of
+    which is sent all examples.
+    """
+    trainer = make_trainer(settings, max_epochs=1)
+    return torch.device("cpu") if trainer.world_size > 1 else trainer.strategy.root_device
+
+
 @contextmanager
 def known_warnings_ignored() -> Iterator[None]:
     """Around `Trainer.fit`: without what it says of every fit here and nobody can change."""

@@ -1,6 +1,7 @@
 """The forecaster learns what can be learned, sees no future, and survives odd traces."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,37 @@ def test_a_whole_trace_at_once_says_what_each_token_was_told(
         torch.testing.assert_close(one.forecast_LE, other.forecast_LE, rtol=0, atol=1e-4)
     assert at_once.later_TLE is not None
     torch.testing.assert_close(at_once.later_TLE, streamed.later_TLE, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("parts", [[30], [1, 29], [12, 2, 16]])
+def test_a_prompt_at_once_is_its_tokens_in_turn(
+    fitted: Forecaster, traces: TraceList, parts: list[int]
+) -> None:
+    trace = traces[3]
+    assert trace.token_ids_P is not None
+    maps_TLE = torch.from_numpy(trace.expert_maps_TLE(SPEC.num_experts))
+    ids: list[int] = trace.token_ids_P.tolist()
+    at_once, in_turn = fitted.new_state(), fitted.new_state()
+    for state in (at_once, in_turn):
+        fitted.on_request(state, Request.of(trace))
+    start = 0
+    for stop in np.cumsum(parts).tolist():
+        arguments = (maps_TLE[start:stop], ids[start:stop], ids[start + 1 : stop + 1])
+        said = [
+            way(state, arguments[0], token_ids_T=arguments[1], next_token_ids_T=arguments[2])
+            for way, state in (
+                (fitted.on_tokens, at_once),
+                (partial(Predictor.on_tokens, fitted), in_turn),
+            )
+        ]
+        for one, other in zip(*said, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+        start = stop
+    assert at_once.num_tokens == in_turn.num_tokens == 30
+    assert at_once.tokens == in_turn.tokens
+    for layer in range(SPEC.num_layers):  # the layers of the token after it
+        later = [fitted.on_routed(s, layer, maps_TLE[30, layer]) for s in (at_once, in_turn)]
+        torch.testing.assert_close(later[0], later[1], rtol=0, atol=1e-5)
 
 
 def test_a_future_that_gives_itself_away_is_not_seen() -> None:
@@ -167,6 +199,25 @@ def test_the_same_seed_fits_the_same_and_another_seed_does_not(traces: TraceList
     name = "nets.0.say_next.weight"
     assert torch.equal(once.tensors()[name], twice.tensors()[name])
     assert not torch.equal(once.tensors()[name], other.tensors()[name])
+
+
+def test_the_report_says_where_the_time_went(traces: TraceList) -> None:
+    report = Forecaster(**{**SMALL, "epochs": 1}).fit(traces)
+    parts = [report.details[f"{part}_s"] for part in ("features", "training", "calibration")]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) == pytest.approx(report.fit_s)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_seed_fits_the_same(traces: TraceList) -> None:
+    gpu = {**SMALL, "trainer": {"accelerator": "gpu", "enable_progress_bar": False}}
+    once, twice = Forecaster(**gpu), Forecaster(**gpu)
+    for predictor in (once, twice):
+        predictor.fit(traces)
+    again = twice.tensors()
+    for name, tensor in once.tensors().items():
+        assert not tensor.is_cuda
+        assert torch.equal(tensor, again[name]), name
 
 
 def without_ids(trace: Trace) -> Trace:

@@ -98,13 +98,14 @@ def test_copies_equal_the_formula(tokens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("window", [7, 10**6], ids=["short window", "no window"])
-@pytest.mark.parametrize("block", [5, 512])
+@pytest.mark.parametrize("block", [5, 512], ids=["short blocks", "one block"])
 @pytest.mark.parametrize("known", [True, False], ids=["ids", "no ids"])
 def test_a_whole_trace_at_once_says_what_each_token_was_told(
     monkeypatch: pytest.MonkeyPatch, window: int, block: int, known: bool
 ) -> None:
     monkeypatch.setattr(token_history, "COPY_WINDOW", window)
     monkeypatch.setattr(token_history, "_BLOCK", block)
+    monkeypatch.setattr(token_history, "_SCAN", block)
     rng = np.random.default_rng(0)
     experts, tokens = rng.integers(0, 4, 50).tolist(), rng.integers(0, 3, 50).tolist()
     trace = make_trace("r", experts, tokens=tokens)
@@ -115,6 +116,36 @@ def test_a_whole_trace_at_once_says_what_each_token_was_told(
     torch.testing.assert_close(torch.cat([past_NRLE[:-1], copies_TMLE], 1), torch.stack(before))
     torch.testing.assert_close(torch.cat([past_NRLE[1:], copies_TMLE], 1), torch.stack(after))
     assert copies_TMLE.any() == known
+
+
+@pytest.mark.parametrize("window", [7, 10**6], ids=["short window", "no window"])
+@pytest.mark.parametrize("chunks", [[50], [1, 2, 47], [4, 5, 6, 35], [30, 1, 19]])
+def test_a_prompt_at_once_leaves_the_history_of_its_tokens_in_turn(
+    monkeypatch: pytest.MonkeyPatch, window: int, chunks: list[int]
+) -> None:
+    """Also where it comes in parts, ids are missing, and what was announced did not come."""
+    monkeypatch.setattr(token_history, "COPY_WINDOW", window)
+    rng = np.random.default_rng(2)
+    maps_TLE = torch.from_numpy(rng.random((60, 2, 4), np.float32))
+    ids: list[int | None] = rng.integers(0, 2, 61).tolist()
+    ids[20] = ids[41] = None
+    announced = [*ids[1:33], None, 9, *ids[35:]]
+    in_turn, at_once = History(POPULARITY_LE, top_k=2), History(POPULARITY_LE, top_k=2)
+    start = 0
+    for stop in np.cumsum(chunks).tolist():
+        part = slice(start, stop)
+        at_once.add_all(maps_TLE[part], token_ids_T=ids[part], next_token_ids_T=announced[part])
+        for t in range(start, stop):
+            in_turn.add(maps_TLE[t], token_id=ids[t], next_token_id=announced[t])
+        torch.testing.assert_close(at_once.rows_RLE, in_turn.rows_RLE, rtol=0, atol=1e-5)
+        start = stop
+    copied = False
+    for t in range(50, 60):  # and forgets nothing that matters later
+        for history in (in_turn, at_once):
+            history.add(maps_TLE[t], token_id=ids[t], next_token_id=announced[t])
+        torch.testing.assert_close(at_once.rows_RLE, in_turn.rows_RLE, rtol=0, atol=1e-5)
+        copied |= bool(at_once.rows_RLE[COPIES].any())
+    assert copied, "nothing was copied: the comparison says little"
 
 
 def test_nothing_is_read_from_the_future() -> None:
