@@ -14,8 +14,8 @@ the weights and the order:
   one's among them; once without any, from routing alone.
 - **DeepSeek-V2-Lite** (esft), fitted on one of its two domains and tested on the other, at 16, 26
   and 32 of 64 slots.
-- **Cost**: the fit's time on all 98,777 recorded tokens of gpt-oss-20b, and on a GPU the networks'
-  time for one token, captured in a CUDA graph.
+- **Cost**: the fit's time on all 98,777 recorded tokens of gpt-oss-20b (`benchmarks.fit_speed`),
+  and on a GPU the networks' time for one token, captured in a CUDA graph.
 
 Ends with one JSON line; ``out=benchmarks/results/forecaster.json`` keeps it.
 """
@@ -25,7 +25,6 @@ import dataclasses
 import logging
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,10 +33,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.fit_speed import time_fits
 from benchmarks.record import record, spread
 from data.cli import parse_cli
 from data.importers import load_traces
-from data.schema import Split, TraceList
+from data.schema import TraceList
 from data.splits import split_by_topic
 from data.tables import format_table
 from predictors.forecaster import Forecaster
@@ -199,13 +199,7 @@ def main(argv: Sequence[str]) -> None:
 
     timed: dict[str, Any] = {}
     if args.time_all and "gpt-oss-20b" in sets:
-        gptoss = sets["gpt-oss-20b"]
-        everything: dict[str, Split] = {trace.request_id: "fit" for trace in gptoss.traces}
-        start_s = time.perf_counter()
-        fitted = forecaster(0)
-        fitted.fit(dataclasses.replace(gptoss, split=everything))
-        timed["fit_all_s"] = time.perf_counter() - start_s
-        timed["num_all_tokens"] = sum(trace.num_tokens for trace in gptoss.traces)
+        fitted, timed = time_fits(sets["gpt-oss-20b"], lambda: forecaster(0))
         if torch.cuda.is_available():
             timed["graph_us_per_token"] = graph_us_per_token(fitted)
             print(f"one token on the GPU: {timed['graph_us_per_token']['median']:.0f} us")

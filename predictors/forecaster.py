@@ -151,10 +151,10 @@ class Forecaster(Predictor):
             MoecastError: A recorded probability is not finite.
             ValueError: Nothing to fit on, or training diverged.
         """
+        start_s = time.perf_counter()
         from predictors.fit.forecaster import examples_of, fit_net  # loads lightning
         from predictors.fit.training import device_of
 
-        start_s = time.perf_counter()
         device = device_of(self._trainer)
         self.spec = traces.spec
         self._popularity_LE, num_requests, num_tokens = mean_use_LE(traces)
