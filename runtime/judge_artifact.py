@@ -19,6 +19,7 @@ from data.importers import load_traces
 from data.schema import TraceList, TraceSet
 from predictors.artifact import Manifest, artifact_digest, load_artifact, read_manifest
 from predictors.prefetch_budget import experts_per_layer_of, sized_spec
+from predictors.registry import predictor_class
 from predictors.routing import request_digest
 from runtime.evaluate import (
     Judged,
@@ -58,10 +59,17 @@ def judge_artifact(
     Raises:
         FileNotFoundError, DamagedFileError: The artifact cannot be read.
         SpecMismatchError: The traces are of another model.
-        ValueError: An argument is out of range, or there is nothing to judge.
+        ValueError: An argument is out of range, there is nothing to judge, or the predictor has
+            nothing to say of recorded traces.
     """
     asked = JudgeSettings(**settings)
     manifest = read_manifest(artifact)
+    if predictor_class(manifest.kind).needs_model:
+        raise ValueError(
+            f"artifact {artifact}: {manifest.kind!r} reads router inputs of a live model, which "
+            f"recorded traces do not hold: judge it as train.py predictor={manifest.kind} does, or "
+            "with python -m benchmarks.layer_recall"
+        )
     spec = manifest.spec.spec()
     traces = load_traces(trace, num_experts=spec.num_experts)
     if difference := spec.mismatch(traces.spec):

@@ -4,7 +4,8 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from data.importers import load_traces
 from data.schema import TraceList
 from data.sources.trace import redraw
 from predictors.artifact import save_artifact
+from predictors.gate_mlp import GateMLP
 from predictors.popularity import Popularity
 from predictors.previous_token import PreviousToken
+from predictors.router_reuse import RouterReuse
 from predictors.routing import request_digest
+from tests.predictors import layer_fakes
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS, EXPERTS, TOP_K = 3, 8, 2
@@ -277,6 +281,38 @@ def test_what_cannot_be_is_one_line_and_code_2(
     assert message in error
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "kind", [partial(GateMLP, steps=1, width=8), RouterReuse], ids=["gate_mlp", "router_reuse"]
+)
+def test_what_reads_a_live_model_is_refused_by_name(
+    tmp_path: Path,
+    kind: Callable[[], GateMLP | RouterReuse],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It would say nothing at all, and the report would look like that of a bad predictor."""
+    predictor = kind()
+    predictor.bind(layer_fakes.model())
+    if isinstance(predictor, GateMLP):
+        predictor.fit_inputs(layer_fakes.inputs())
+    else:
+        predictor.fit_model()
+    save_artifact(predictor, tmp_path / "a", spec=predictor.fitted_spec(), parents={})
+    trace = write_npz(tmp_path / "x.npz")  # that it is another model's matters less
+    capsys.readouterr()  # of the fit
+    monkeypatch.setattr(sys, "argv", ["x", f"artifact={tmp_path / 'a'}", f"trace={trace}"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("predictors.evaluate", run_name="__main__")
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert printed.err.startswith(
+        f"error: artifact {tmp_path / 'a'}: {predictor.kind!r} reads router"
+    )
+    assert "router inputs of a live model, which recorded traces do not hold" in printed.err
+    assert printed.err.count("\n") == 1
 
 
 def test_the_command_needs_nothing_that_only_training_needs(fitted: tuple[Path, Path]) -> None:
