@@ -25,8 +25,9 @@ here is learned, and nothing looks past the token whose id is known.
 `histories_of` computes the rows before every token of a trace at once, on any device, and says the
 same. Both look back over `COPY_WINDOW` tokens for copies.
 
-Shape letters: L MoE layers · E experts per layer · K experts per token · T tokens · R rows ·
-W tokens in the window · P of them with weight.
+Shape letters: L MoE layers · E experts per layer · J = L * E · K experts per token · T tokens ·
+N = T + 1 places before and after them · S tokens of a block · R rows · D averages · M copies ·
+W tokens in the window · P of them with weight · B tokens whose copies are computed at once.
 """
 
 from collections.abc import Sequence
@@ -141,10 +142,8 @@ class History:
         ids_T = torch.tensor([-1 if token is None else token for token in token_ids_T])
         ids_W = torch.cat([self._ids_W, ids_T])
         uses_WJ = torch.cat([self._uses_WJ, use_TLE.flatten(1) > 0])
-        # A match further back than `COPY_MAX_MATCH` tokens counts no more than one of so many.
-        num_tokens = len(token_ids_T)
         match_W = self._match_W
-        if num_tokens >= COPY_MAX_MATCH:
+        if len(token_ids_T) >= COPY_MAX_MATCH:  # a longer match counts no more than one of so many
             match_W = torch.zeros(len(ids_W) - COPY_MAX_MATCH, dtype=torch.int64)
         for sought in next_token_ids_T[-COPY_MAX_MATCH:]:
             before_W = torch.cat([torch.zeros(1, dtype=torch.int64), match_W])  # places move on
@@ -247,8 +246,7 @@ def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:
 
 def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
     """Copies before every token but the first, whose id nobody tells in time."""
-    num_tokens = len(ids_T)
-    device = ids_T.device
+    num_tokens, device = len(ids_T), ids_T.device
     copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1], device=device)
     for start in range(1, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
@@ -290,9 +288,7 @@ def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -
         until: bool [B, W], places that have been routed; None for all.
     """
     # The last routed place has no successor yet, so it neither adds nor counts.
-    routed = weights_MBW.new_ones(weights_MBW.shape[1:], dtype=torch.bool)
-    if until is not None:
-        routed = until
+    routed = torch.ones_like(weights_MBW[0], dtype=torch.bool) if until is None else until
     has_next = torch.cat([routed[:, 1:], torch.zeros_like(routed[:, :1])], dim=1)
     weights_MBW = weights_MBW * has_next
     places_P = weights_MBW.flatten(0, 1).any(dim=0).nonzero().flatten()
