@@ -70,8 +70,8 @@ class Options:
         accelerate: Time accelerate's offloading, a token a repeat.
         stock: Time transformers' own experts, all resident.
         compile: Time torch.compile on them too, which takes minutes to compile.
-        compile_layers: Compile what lies between the experts of our rows (two to three seconds a
-            layer, once), and time the resident row without it, too.
+        compile_layers: On a GPU, compile what lies between the experts of our rows, and time the
+            resident row without it, too.
         small: 2 layers of 8 small experts with drawn routing, for a CPU.
         model: For live: tiny_moe or a folder.
         device: auto, cpu or cuda.
@@ -90,7 +90,7 @@ class Options:
     accelerate: bool = True
     stock: bool = True
     compile: bool = False
-    compile_layers: bool = False
+    compile_layers: bool = True
     small: bool = False
     model: str = "tiny_moe"
     device: str = "auto"
@@ -141,7 +141,8 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         forecaster = fitted_forecaster(shape)
         fit_s = time.perf_counter() - started_s
         timer.say(f"forecaster fitted in {fit_s:.0f} s, on other topics")
-    compiled = CompiledLayers(bed.model) if options.compile_layers else None
+    with_compiler = options.compile_layers and device.type == "cuda"
+    compiled = CompiledLayers(bed.model) if with_compiler else None
     own_row = functools.partial(OwnRow, bed, store, compiled=compiled)
     resident = own_row("lru", slots=bed.num_experts)
     first_rows: list[Row] = [

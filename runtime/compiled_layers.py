@@ -5,8 +5,8 @@ KV cache), each far shorter than the gap to the next one. Inductor fuses them. O
 `runtime.decode_graph` runs is compiled; prompts and everything else go through the layers as they
 are. Experts stay outside: their function is one that the compiler does not look into.
 
-Every layer is compiled for itself, as its number is part of how it finds its KV cache; equal
-programs are found again in Inductor's own cache.
+Layers of one kind share their programs: each is shown its own part of the KV cache only, so that
+its number, by which it would find it, means nothing to the compiler.
 
 Knows nothing of graphs, experts or caches.
 """
@@ -18,12 +18,13 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 logger = logging.getLogger(__name__)
 
 _FunctionT = TypeVar("_FunctionT", bound=Callable[..., Any])
-_VARIANTS_PER_LAYER = 8  # batch sizes and kinds of KV cache; the compiler's own limit is for all
+_MOST_PROGRAMS = 256  # kinds of layers, batch sizes, kinds of KV cache; the compiler's own is 8
 
 
 def not_compiled(function: _FunctionT) -> _FunctionT:
@@ -50,9 +51,9 @@ class CompiledLayers:
                 f"{type(model).__name__}'s decoder has no list of layers: nothing to compile"
             )
         self._layers: list[Any] = list(layers)
-        self._compiled: list[Callable[..., Any]] = [
-            torch.compile(layer._call_impl, backend=backend, dynamic=False)
-            for layer in self._layers
+        self._compiled = [
+            _with_own_kv(torch.compile(layer._call_impl, backend=backend), index)
+            for index, layer in enumerate(self._layers)
         ]
 
     @contextmanager
@@ -60,14 +61,14 @@ class CompiledLayers:
         """Within, the layers are compiled for whatever they are called with, and then run so."""
         import torch._dynamo as dynamo  # takes a second to import: only who compiles pays for it
 
-        limit = len(self._layers) * _VARIANTS_PER_LAYER
         before, started_s = _num_programs(dynamo), time.perf_counter()
         for layer, compiled in zip(self._layers, self._compiled, strict=True):
             layer._compiled_call_impl = compiled
         try:
             with dynamo.config.patch(
-                recompile_limit=limit,
-                accumulated_recompile_limit=limit,
+                allow_unspec_int_on_nn_module=True,
+                recompile_limit=_MOST_PROGRAMS,
+                accumulated_recompile_limit=_MOST_PROGRAMS,
                 fail_on_recompile_limit_hit=True,
             ):
                 yield
@@ -76,6 +77,30 @@ class CompiledLayers:
                 layer._compiled_call_impl = None
         if (made := _num_programs(dynamo) - before) > 0:
             logger.info("Compiled %d programs in %.1f s", made, time.perf_counter() - started_s)
+
+
+class _OneLayerKV(Cache):  # type: ignore[misc]
+    """A KV cache as one decoder layer sees it: its number does not matter."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layers = [layer]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As the whole cache's, for whatever ``layer_idx``."""
+        states: tuple[Tensor, Tensor] = self.layers[0].update(
+            key_states, value_states, *args, **kwargs
+        )
+        return states
+
+
+def _with_own_kv(call: Callable[..., Any], index: int) -> Callable[..., Any]:
+    def called(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        kv = None if past_key_values is None else _OneLayerKV(past_key_values.layers[index])
+        return call(*args, past_key_values=kv, **kwargs)
+
+    return called
 
 
 def _num_programs(dynamo: Any) -> int:

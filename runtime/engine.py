@@ -235,8 +235,8 @@ def attach(
         record_events: Keep the cache's log of every hit, miss, eviction and streamed read. Only for
             the CPU: reading it would make every step of a GPU wait for the host.
         compile_layers: Compile what lies between the experts for decoding (`CompiledLayers`): a
-            quarter less time a token where all experts are resident, for two or three seconds a
-            layer before the first one. Logits differ from the model's by rounding. Only for a GPU.
+            quarter less time a token where all experts are resident, for some seconds before the
+            first one. Logits differ from the model's by rounding. Only for a GPU.
 
     Raises:
         NotAMoEError: The model is dense, or its family bypasses transformers' ExpertsInterface.

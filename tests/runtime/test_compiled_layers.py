@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, PlainRecorder
@@ -14,6 +15,7 @@ from tests.families import tiny_model
 
 PROMPT = torch.tensor([[3, 1, 4, 1, 5]])
 NEW_TOKENS = 10
+_HALF_SLIDING = ["sliding_attention", "full_attention"] * 2
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +44,16 @@ def generate(model: Any) -> torch.Tensor:
     return answer
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_decode_steps_say_the_same_compiled_and_positions_need_no_programs_of_their_own(
-    family: str,
+@pytest.mark.parametrize(
+    ("family", "kinds"), [("qwen3_moe", 1), ("gpt_oss", 2), ("deepseek_v3", 2)]
+)
+def test_decode_steps_say_the_same_and_layers_of_a_kind_share_a_program(
+    family: str, kinds: int
 ) -> None:
-    overrides = {"sliding_window": 64} if family == "gpt_oss" else {}
+    """Neither a layer's number nor a position needs a program of its own."""
+    overrides: dict[str, Any] = {"num_hidden_layers": 4}
+    if family == "gpt_oss":
+        overrides |= {"sliding_window": 64, "layer_types": _HALF_SLIDING}
     model = model_of(family, **overrides)
     expected = generate(model)
     compiled = CompiledLayers(model, backend="aot_eager")
@@ -55,9 +62,33 @@ def test_decode_steps_say_the_same_compiled_and_positions_need_no_programs_of_th
         assert torch.equal(generate(model), expected)
     finally:
         graph.remove()
-    programs = counters["stats"]["unique_graphs"]
-    num_layers = len(model.get_decoder().layers)
-    assert num_layers <= programs <= 2 * num_layers  # once each, or split by what it cannot see
+    assert counters["stats"]["unique_graphs"] == kinds
+
+
+@pytest.fixture
+def kept_apart() -> Iterator[str]:
+    """An implementation of experts that the compiler does not look into."""
+    ALL_EXPERTS_FUNCTIONS["kept-apart"] = not_compiled(ALL_EXPERTS_FUNCTIONS["batched_mm"])
+    yield "kept-apart"
+    ALL_EXPERTS_FUNCTIONS.pop("kept-apart")
+
+
+def test_experts_that_are_kept_from_the_compiler_cut_layers_into_shared_programs(
+    kept_apart: str,
+) -> None:
+    programs = []
+    for num_layers in (2, 5):
+        model = model_of("qwen3_moe", num_hidden_layers=num_layers)
+        expected = generate(model)
+        model.set_experts_implementation(kept_apart)
+        compiled = CompiledLayers(model, backend="aot_eager")
+        graph = DecodeGraph(model, recorder=PlainRecorder(), max_batch=4, compiled=compiled)
+        assert torch.equal(generate(model), expected)
+        graph.remove()
+        programs.append(counters["stats"]["unique_graphs"])
+        torch._dynamo.reset()
+        counters.clear()
+    assert programs[0] == programs[1] > 1
 
 
 def test_only_what_is_in_use_is_compiled() -> None:
