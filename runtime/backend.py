@@ -45,6 +45,9 @@ class OffloadStats:
         is_pinned: Whether experts lie in page-locked memory, where GPU kernels read them in place;
             False on a GPU means that page-locking was refused and every step waits for copies.
             None where there is no GPU.
+        cpu_lane_bytes: Bytes of weights, among those missing, that the host computed with.
+        cpu_lane_on: Whether it is asked for a part of what is missing; False means that it fell
+            behind or did not answer. None where there is no CPU lane.
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
         eager_calls: Why forward passes did not, and how many each.
@@ -57,6 +60,8 @@ class OffloadStats:
     miss_bytes: int
     stall_s: float
     is_pinned: bool | None = None
+    cpu_lane_bytes: int = 0
+    cpu_lane_on: bool | None = None
     graph_captures: int = 0
     graph_replays: int = 0
     eager_calls: Mapping[str, int] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -209,6 +209,7 @@ def attach(
     store_dir: Path | str | None = None,
     record_events: bool = False,
     compile_layers: bool = False,
+    cpu_lane: bool | Literal["auto"] = False,
 ) -> Offload:
     """Serve ``model`` with only some of its experts in memory; its outputs stay the same.
 
@@ -237,6 +238,9 @@ def attach(
         compile_layers: Compile what lies between the experts for decoding (`CompiledLayers`): a
             quarter less time a token where all experts are resident, for some seconds before the
             first one. Logits differ from the model's by rounding. Only for a GPU.
+        cpu_lane: On a GPU, let processor cores compute a part of what a decode step misses while
+            the link carries the rest; they spin while decoding. "auto" takes it where it wins.
+            Outputs are then exact to rounding, but no longer the same bits at every residency.
 
     Raises:
         NotAMoEError: The model is dense, or its family bypasses transformers' ExpertsInterface.
@@ -254,6 +258,8 @@ def attach(
     if target.type == "cpu":
         if compile_layers:
             raise ValueError("compile_layers=True: only for a GPU, leave it out on a CPU")
+        if cpu_lane is True:
+            raise ValueError("cpu_lane=True: experts are served by the CPU anyway; leave it out")
         num_slots = _slots_per_layer(spec, slots, budget_bytes)
         if predictor is not None:
             predictor.bind(model)
@@ -280,7 +286,13 @@ def attach(
             budget_bytes = None
         num_slots = _slots_per_layer(spec, slots, budget_bytes)
         backend = GpuExperts.build(
-            model=model, layers=layers, spec=spec, slots=num_slots, policy=policy, device=target
+            model=model,
+            layers=layers,
+            spec=spec,
+            slots=num_slots,
+            policy=policy,
+            device=target,
+            cpu_lane=cpu_lane,
         )
     offload = Offload(layers=layers, spec=spec, slots=num_slots, backend=backend)
     if predictor is not None and policy.foresight == "forecast":

@@ -25,6 +25,7 @@ from runtime.backend import OffloadStats
 from runtime.cache import Event
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
+from runtime.gpu_lane import GpuLane, LaneMode
 from runtime.gpu_memory import STAGING_BUFFERS
 from runtime.kernels.activation import Activation
 from runtime.kernels.experts import expert_step
@@ -46,6 +47,7 @@ class GpuExperts:
         policy: What to keep.
         store: The experts.
         staging_buffers: Of `runtime.prefill`; none where every expert has a slot.
+        cpu_lane: Let the host compute a part of what a step misses (`runtime.gpu_lane`).
 
     Attributes:
         cache: The books, on the device.
@@ -66,6 +68,7 @@ class GpuExperts:
         policy: Policy,
         store: PinnedStore,
         staging_buffers: int = STAGING_BUFFERS,
+        cpu_lane: LaneMode = False,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
         self._activations = check_experts(layers)
@@ -114,6 +117,14 @@ class GpuExperts:
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
         self.max_graph_tokens: int | None = MAX_TOKENS if store.is_pinned else None
+        self.lane = GpuLane.start(
+            cpu_lane,
+            store=store,
+            activations=self._activations,
+            top_k=spec.top_k,
+            max_tokens=MAX_TOKENS,
+            scratch=self._slots_LCP[0],
+        )
         self._model: nn.Module | None = None
         self._home = device
         self._last_stats: OffloadStats | None = None
@@ -128,6 +139,7 @@ class GpuExperts:
         slots: Sequence[int],
         policy: Policy,
         device: torch.device,
+        cpu_lane: LaneMode = False,
     ) -> Self:
         """Take the experts out of ``model`` and move the rest of it to ``device``.
 
@@ -141,7 +153,14 @@ class GpuExperts:
         store = PinnedStore.take(layers, device)
         try:
             model.to(device)
-            backend = cls(layers=layers, spec=spec, slots=slots, policy=policy, store=store)
+            backend = cls(
+                layers=layers,
+                spec=spec,
+                slots=slots,
+                policy=policy,
+                store=store,
+                cpu_lane=cpu_lane,
+            )
         except BaseException:
             for moe in layers:
                 store.give_back(moe, home)
@@ -190,19 +209,27 @@ class GpuExperts:
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
+        hidden_TD = hidden_TD.contiguous()
+        lane = None
+        if self.lane is not None:
+            lane = self.lane.post(layer, hidden_TD, ids_TK, active, self.cache)
+        slot_neurons = self.cache.memory[layer].slot_neurons
         expert_step(
-            hidden_TD=hidden_TD.contiguous(),
+            hidden_TD=hidden_TD,
             topk_expert_ids_TK=ids_TK,
             topk_weights_TK=topk_weights_TK.contiguous(),
             active=active,
             home_address_E=self.cache.home_address_LE[layer],
             address_E=self.cache.address_LE[layer],
-            slot_neurons=self.cache.memory[layer].slot_neurons,
+            slot_neurons=slot_neurons,
             layout=self._store.layout,
             activation=self._activations[layer],
             workspace=self._workspace,
             output_TD=output_TD,
+            lane=lane,
         )
+        if self.lane is not None:
+            self.lane.complete(layer, slot_neurons)
         return output_TD
 
     def stats(self) -> OffloadStats:
@@ -212,6 +239,7 @@ class GpuExperts:
         decode = dict(zip(COUNTERS, self.cache.counters_LX.sum(0).tolist(), strict=True))
         prompts, layout = self._prefill.counters, self._store.layout
         neuron_bytes = layout.record_bytes / layout.expert_intermediate_size
+        lane_bytes, lane_on = (0, None) if self.lane is None else self.lane.stats()
         prompt_misses = int(prompts.misses_L.sum())
         return OffloadStats(
             hits=decode["hits"] + int(prompts.hits_L.sum()),
@@ -222,6 +250,8 @@ class GpuExperts:
             + prompt_misses * layout.record_bytes,
             stall_s=0.0,
             is_pinned=self._store.is_pinned,
+            cpu_lane_bytes=lane_bytes,
+            cpu_lane_on=lane_on,
         )
 
     def restore(self) -> None:
@@ -233,6 +263,8 @@ class GpuExperts:
             self._last_stats = OffloadStats(
                 hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0
             )
+        if self.lane is not None:
+            self.lane.close()
         self._slots_LCP.clear()
         del self._prefill, self.cache, self._workspace
         try:

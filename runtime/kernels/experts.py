@@ -9,6 +9,9 @@ A chunk is read from the expert's slot as far as the slot has it, else at home. 
 what was read at home is put into the slot in passing, so that a miss crosses the link once and
 computes meanwhile. Misses come first in the active list, and so do their programs.
 
+The host may compute the last neurons of some experts meanwhile (`runtime.kernels.lane`): then they
+are left out here, unless its answer fails to come, and its sums are added to the others.
+
 Shape letters: T tokens · K experts per token · E experts · D hidden · F expert FFN inner size ·
 R rows per neuron · A active experts · N = T * K uses · C chunks of neurons.
 """
@@ -24,6 +27,7 @@ from runtime.device_cache import Active
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import KINDS, Activation
 from runtime.kernels.gates import activate
+from runtime.kernels.lane import ALL, LEFT_OUT, OURS, LaneEvent, await_answer, end_of_neurons
 from runtime.kernels.one_token import one_token_chunks
 from runtime.kernels.tiles import (
     DEFAULT_TILES,
@@ -60,6 +64,8 @@ def _chunks(
     slot_A,
     present_A,
     home_E,
+    split_E,
+    failed_1,
     partial_NCD,
     num_tokens,
     D,
@@ -78,13 +84,15 @@ def _chunks(
     DTYPE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NEURONS: tl.constexpr,
     BF: tl.constexpr,
     BD: tl.constexpr,
 ):
     a = tl.program_id(1)
-    if a < tl.load(num_active_1):
-        chunk = tl.program_id(0)
-        expert = tl.load(expert_A + a)
+    chunk = tl.program_id(0)
+    expert = tl.load(expert_A + a)
+    stop = end_of_neurons(split_E, failed_1, expert, chunk * BF + BF, F, NEURONS)
+    if (a < tl.load(num_active_1)) & (chunk * BF < stop):
         slot = tl.load(slot_A + a)
         present = tl.load(present_A + a)
         home = tl.load(home_E + expert)
@@ -94,7 +102,7 @@ def _chunks(
         target = slot.to(tl.pointer_type(DTYPE))
         into_slot = (slot != 0) & (first >= present) & (first < slot_neurons)
         f = first + tl.arange(0, BF)
-        f_inside = f < F
+        f_inside = f < stop
         row = f.to(tl.int64) * (R * D)
 
         # Which of the tokens use this expert, and as which of their K.
@@ -170,6 +178,9 @@ def _reduce(
     ids_TK,
     weights_TK,
     address_E,
+    split_E,
+    failed_1,
+    answer_ND,
     output_TD,
     num_experts,
     D,
@@ -179,6 +190,8 @@ def _reduce(
     R: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DTYPE: tl.constexpr,
+    LANE: tl.constexpr,
+    BF: tl.constexpr,
     BC: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -190,12 +203,19 @@ def _reduce(
         if expert < num_experts:
             added = tl.zeros([BC, BD], tl.float32)
             entry = (t * K + k).to(tl.int64) * num_chunks
+            num_ours = num_chunks
+            if LANE:
+                split = tl.where(tl.load(failed_1) == 1, F, tl.load(split_E + expert))
+                num_ours = tl.cdiv(split, BF)
             for start in range(0, num_chunks, BC):
                 c = start + tl.arange(0, BC)
-                inside = (c[:, None] < num_chunks) & (d[None, :] < D)
+                inside = (c[:, None] < num_ours) & (d[None, :] < D)
                 at = (entry + c[:, None]) * D + d[None, :]
                 added += tl.load(partial_NCD + at, mask=inside, other=0.0)
             value = tl.sum(added, 0)
+            if LANE:
+                theirs = answer_ND + (t * K + k).to(tl.int64) * D + d
+                value += tl.load(theirs, mask=(d < D) & (split < F), other=0.0, volatile=True)
             if HAS_BIAS:
                 record = tl.load(address_E + expert).to(tl.pointer_type(DTYPE))
                 bias = record + F.to(tl.int64) * (R * D) + F * (R - 1) + d
@@ -220,6 +240,7 @@ def expert_step(
     write_through: bool = True,
     tiles: Tiles = DEFAULT_TILES,
     stream: Stream | None = None,
+    lane: LaneEvent | None = None,
 ) -> None:
     """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
 
@@ -241,6 +262,7 @@ def expert_step(
         write_through: Put what is read at home into the slots that experts have.
         tiles: How the work is cut for several tokens.
         stream: For one; None takes `stream_for` the layout.
+        lane: Leave to the host what `runtime.kernels.lane.post_request` has asked it for.
 
     Raises:
         ValueError: Too many tokens, a tensor that is not contiguous, or too small a workspace.
@@ -257,9 +279,12 @@ def expert_step(
     if workspace.numel() < elements:
         raise ValueError(f"workspace of {workspace.numel()} elements: {elements} are needed")
     F, R = layout.expert_intermediate_size, layout.num_rows
-    num_chunks = math.ceil(F / (stream if T == 1 else tiles).neurons)
+    chunk_neurons = (stream if T == 1 else tiles).neurons
+    num_chunks = math.ceil(F / chunk_neurons)
     dtype = _TRITON_DTYPES[layout.dtype]
     grid = (num_chunks, active.expert_A.shape[0])
+    split_E = active.expert_A if lane is None else lane.books.split_LE[lane.layer]
+    failed_1 = active.num_1 if lane is None else lane.books.failed_1
     operands = (
         hidden_TD,
         topk_expert_ids_TK,
@@ -268,6 +293,8 @@ def expert_step(
         active.slot_address_A,
         active.present_A,
         home_address_E,
+        split_E,
+        failed_1,
         workspace,
     )
     gate = (activation.alpha, activation.limit)
@@ -276,49 +303,59 @@ def expert_step(
         "K_BLOCK": triton.next_power_of_2(K),
         "R": R,
         "HAS_BIAS": layout.has_bias,
-        "WRITE": write_through,
         "KIND": KINDS.index(activation.kind),
         "DTYPE": dtype,
         "ALIGNED": D * layout.dtype.itemsize % 16 == 0,
     }
-    if T == 1:
-        one_token_chunks[grid](
-            *operands,
-            D,
-            F,
-            slot_neurons,
-            num_chunks,
-            *gate,
-            **constants,
-            CHUNK=stream.neurons,
-            STEP=stream.step,
-            D_BLOCK=triton.next_power_of_2(D),
-            num_warps=stream.num_warps,
-        )
-    else:
-        _chunks[grid](
-            *operands,
-            T,
-            D,
-            F,
-            slot_neurons,
-            num_chunks,
-            *gate,
-            **constants,
-            T_BLOCK=16 if T <= 16 else 32,  # tensor cores take no fewer rows
-            # The interpreter has no products of bfloat16; in float32 they are as exact.
-            DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
-            BF=tiles.neurons,
-            BD=tiles.columns,
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
-    # A slot that holds tops only has no biases: they are read at home.
+    for neurons in (ALL,) if lane is None else (OURS, LEFT_OUT):
+        if lane is not None and neurons == LEFT_OUT:
+            await_answer(lane)
+        if T == 1:
+            one_token_chunks[grid](
+                *operands,
+                D,
+                F,
+                slot_neurons,
+                num_chunks,
+                *gate,
+                **constants,
+                WRITE=write_through and neurons != LEFT_OUT,
+                NEURONS=neurons,
+                CHUNK=stream.neurons,
+                STEP=stream.step,
+                D_BLOCK=triton.next_power_of_2(D),
+                num_warps=stream.num_warps,
+            )
+        else:
+            _chunks[grid](
+                *operands,
+                T,
+                D,
+                F,
+                slot_neurons,
+                num_chunks,
+                *gate,
+                **constants,
+                WRITE=write_through and neurons != LEFT_OUT,
+                NEURONS=neurons,
+                T_BLOCK=16 if T <= 16 else 32,  # tensor cores take no fewer rows
+                # The interpreter has no products of bfloat16; in float32 they are as exact.
+                DOT_DTYPE=tl.float32 if triton.knobs.runtime.interpret else dtype,
+                BF=tiles.neurons,
+                BD=tiles.columns,
+                num_warps=tiles.num_warps,
+                num_stages=tiles.num_stages,
+            )
+    # A slot that holds a part only has no biases: they are read at home.
+    is_whole = slot_neurons == F and write_through and lane is None
     _reduce[(triton.cdiv(D, _REDUCED_COLUMNS), T)](
         workspace,
         topk_expert_ids_TK,
         topk_weights_TK,
-        address_E if slot_neurons == F and write_through else home_address_E,
+        address_E if is_whole else home_address_E,
+        split_E,
+        failed_1,
+        workspace if lane is None else lane.mailbox.answer_ND,
         output_TD,
         home_address_E.shape[0],
         D,
@@ -328,6 +365,8 @@ def expert_step(
         R=R,
         HAS_BIAS=layout.has_bias,
         DTYPE=dtype,
+        LANE=lane is not None,
+        BF=chunk_neurons,
         BC=_REDUCED_CHUNKS,
         BD=_REDUCED_COLUMNS,
         num_warps=4,

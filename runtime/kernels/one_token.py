@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from runtime.kernels.gates import activate
+from runtime.kernels.lane import end_of_neurons
 
 
 @triton.jit
@@ -41,6 +42,8 @@ def one_token_chunks(
     slot_A,
     present_A,
     home_E,
+    split_E,
+    failed_1,
     partial_KCD,
     D,
     F,
@@ -56,6 +59,7 @@ def one_token_chunks(
     KIND: tl.constexpr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
+    NEURONS: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -65,9 +69,10 @@ def one_token_chunks(
     ``STEP`` neurons at a time; it divides ``CHUNK`` and 64, so that a step lies in one place.
     """
     a = tl.program_id(1)
-    if a < tl.load(num_active_1):
-        chunk = tl.program_id(0)
-        expert = tl.load(expert_A + a)
+    chunk = tl.program_id(0)
+    expert = tl.load(expert_A + a)
+    stop = end_of_neurons(split_E, failed_1, expert, chunk * CHUNK + CHUNK, F, NEURONS)
+    if (a < tl.load(num_active_1)) & (chunk * CHUNK < stop):
         slot = tl.load(slot_A + a)
         present = tl.load(present_A + a)
         home = tl.load(home_E + expert)
@@ -83,7 +88,7 @@ def one_token_chunks(
 
         first = chunk * CHUNK
         f = first + tl.arange(0, STEP)
-        inside = (f < F)[:, None] & d_inside[None, :]
+        inside = (f < stop)[:, None] & d_inside[None, :]
         base = tl.where(has_slot & (first < present), slot, home).to(tl.pointer_type(DTYPE))
         w_gate = _neurons(base, f, d, inside, D, 0, R, ALIGNED)
         w_up = _neurons(base, f, d, inside, D, R - 2, R, ALIGNED)
@@ -93,7 +98,7 @@ def one_token_chunks(
             # The next step's weights, before this one's are waited for.
             after = start + STEP
             f_next = after + tl.arange(0, STEP)
-            left = (f_next < F) & (after < first + CHUNK)
+            left = (f_next < stop) & (after < first + CHUNK)
             inside_next = left[:, None] & d_inside[None, :]
             base = tl.where(has_slot & (after < present), slot, home).to(tl.pointer_type(DTYPE))
             gate_next = _neurons(base, f_next, d, inside_next, D, 0, R, ALIGNED)

@@ -1,0 +1,147 @@
+"""A model that decodes with the host's help: right logits, honest counters, and no lane unasked."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data.adapters import moe_layers, spec_of
+from runtime import cpu_lane, gpu_lane
+from runtime.engine import attach
+from runtime.gpu_experts import GpuExperts
+from runtime.gpu_lane import GpuLane, LaneMode
+from runtime.policies import make_policy
+from tests.devices import KERNEL_DEVICE
+from tests.families import tiny_model
+
+TOKENS = 4
+
+
+def model_of(dtype: torch.dtype = torch.bfloat16) -> Any:
+    return tiny_model(
+        "gpt_oss", dtype=dtype, intermediate_size=128, num_local_experts=6, num_experts_per_tok=2
+    )
+
+
+class Served:
+    """The experts of a model's layers, fed with hidden states and routing of ours."""
+
+    def __init__(self, mode: LaneMode, dtype: torch.dtype = torch.bfloat16, slots: int = 3) -> None:
+        model = model_of(dtype)
+        self.spec = spec_of(model)
+        self.backend = GpuExperts.build(
+            model=model,
+            layers=moe_layers(model),
+            spec=self.spec,
+            slots=(slots,) * self.spec.num_layers,
+            policy=make_policy("lfru"),
+            device=torch.device(KERNEL_DEVICE),
+            cpu_lane=mode,
+        )
+        if self.backend.lane is not None:  # experts this small are not worth a round trip
+            lane = self.backend.lane
+            lane.rates = replace(lane.rates, link_ns=2 * lane.rates.cpu_ns, latency_ns=0.0)
+            lane.rates = replace(lane.rates, slowest=1e6)
+
+    def outputs(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        said = []
+        for _ in range(TOKENS):
+            for layer in range(self.spec.num_layers):
+                hidden_TD = torch.randn(1, 32, generator=generator).bfloat16()
+                scores_TE = torch.rand(1, self.spec.num_experts, generator=generator)
+                weights_TK, ids_TK = scores_TE.topk(self.spec.top_k)
+                given = [x.to(KERNEL_DEVICE) for x in (hidden_TD, ids_TK, weights_TK)]
+                said.append(self.backend.forward(layer, *given).float().cpu())
+        return said
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    served = Served(True)
+    yield served
+    served.backend.restore()
+
+
+def test_outputs_agree_with_those_of_the_gpu_alone(served: Served) -> None:
+    alone = Served(False)
+    for with_lane, without in zip(served.outputs(), alone.outputs(), strict=True):
+        assert float((with_lane - without).norm() / without.norm()) < 1e-2
+    stats = served.backend.stats()
+    assert stats.cpu_lane_on is True
+    assert 0 < stats.cpu_lane_bytes < stats.miss_bytes
+    assert alone.backend.stats().cpu_lane_on is None
+    assert alone.backend.stats().cpu_lane_bytes == 0
+    served.backend.cache.check_integrity()
+    alone.backend.restore()
+
+
+def test_threads_that_have_died_cost_one_wait_and_no_output(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert served.backend.lane is not None
+    served.backend.lane.rates = replace(served.backend.lane.rates, max_looks=20)
+    served.backend.lane._lane._library.cpu_lane_stop(served.backend.lane._lane._handle)
+    served.backend.lane._lane._handle = None
+    alone = Served(False)
+    for with_lane, without in zip(served.outputs(), alone.outputs(), strict=True):
+        assert torch.equal(with_lane, without)
+    with caplog.at_level(logging.WARNING):
+        stats = served.backend.stats()
+        served.backend.stats()
+    assert stats.cpu_lane_on is False
+    assert [r.message for r in caplog.records if "not answered in time" in r.message] == [
+        caplog.records[0].message
+    ], "said once"
+    alone.backend.restore()
+
+
+def test_a_host_that_is_too_slow_gets_no_lane(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu_lane.CpuLane, "measure_neuron_s", lambda _: 1.0)
+    with caplog.at_level(logging.WARNING):
+        served = Served("auto")
+    assert served.backend.lane is None
+    assert "would not win" in caplog.text
+    served.backend.restore()
+
+
+def test_experts_that_the_lane_cannot_compute(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        served = Served("auto", torch.float32)
+    assert served.backend.lane is None
+    assert "No CPU lane: it computes bfloat16 experts" in caplog.text
+    served.backend.restore()
+    with pytest.raises(ValueError, match="cpu_lane=True: there can be no CPU lane: it computes"):
+        Served(True, torch.float32)
+
+
+def test_a_machine_without_a_compiler(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpu_lane, "_COMPILERS", ())
+    monkeypatch.delenv("CC", raising=False)
+    with caplog.at_level(logging.WARNING):
+        served = Served("auto")
+    assert served.backend.lane is None
+    assert "No CPU lane" in caplog.text
+    served.backend.restore()
+
+
+def test_modes_are_checked() -> None:
+    with pytest.raises(ValueError, match="cpu_lane='yes': must be False, True or 'auto'"):
+        GpuLane.start(
+            "yes",  # type: ignore[arg-type]
+            store=None,  # type: ignore[arg-type]
+            activations=[],
+            top_k=1,
+            max_tokens=1,
+            scratch=torch.empty(0),
+        )
+    with pytest.raises(ValueError, match="served by the CPU anyway"):
+        attach(model_of(), slots=6, device="cpu", cpu_lane=True)
