@@ -63,6 +63,7 @@ class Options:
             definition unless something is prefetched; belady is told the truth.
         forecaster: Fit one on topics that are not replayed, where the trace has such, and let it
             say what to keep.
+        cpu_lane: Time lfru and the forecaster with the CPU lane, too.
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
@@ -83,6 +84,7 @@ class Options:
     residencies: tuple[float, ...] = (0.25, 0.4, 0.5, 0.75)
     policies: tuple[str, ...] = ("lru", "lfu", "lfru", "lcp", "belady")
     forecaster: bool = True
+    cpu_lane: bool = False
     repeats: int = 5
     tokens: int = 64
     warm: int = 0
@@ -191,6 +193,7 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
                 samples[row.name],
                 resident_step_s=resident_step_s,
                 link_bytes_per_s=link_bytes_per_s,
+                cpu_bytes_per_s=row.cpu_bytes_per_s,
             )
             | {"residency": residency}
             for row in rows
@@ -214,6 +217,10 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         rows += [own_row(policy, slots=slots) for policy in options.policies]
         if forecaster is not None:
             rows.append(own_row("forecast", slots=slots, predictor=forecaster))
+        if options.cpu_lane:
+            rows.append(own_row("lfru", slots=slots, cpu_lane=True))
+            if forecaster is not None:
+                rows.append(own_row("forecast", slots=slots, predictor=forecaster, cpu_lane=True))
         measure(rows, residency)
     store.close()
     result["complete"] = True

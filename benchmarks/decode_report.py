@@ -1,9 +1,10 @@
 """What the decode benchmark says of a row: times, bytes, and how near it comes to its bound.
 
-    efficiency = max(resident step, missed bytes / measured link rate) / measured step
+    efficiency = max(resident step, missed bytes / measured rate of link and host) / measured step
 
-A step that only computes cannot be shorter than the fully resident one, and one that only fetches
-not shorter than its bytes take; 1 is a perfect overlap of both. Knows no rows and times nothing.
+The host's rate counts in rows where it computes a part of what is missing. A step that only
+computes cannot be shorter than the fully resident one, and one that only fetches not shorter than
+its bytes take; 1 is a perfect overlap of both. Knows no rows and times nothing.
 """
 
 import statistics
@@ -46,7 +47,13 @@ class Samples:
 
 
 def summary(
-    name: str, slots: int, samples: Samples, *, resident_step_s: float, link_bytes_per_s: float
+    name: str,
+    slots: int,
+    samples: Samples,
+    *,
+    resident_step_s: float,
+    link_bytes_per_s: float,
+    cpu_bytes_per_s: float = 0.0,
 ) -> dict[str, Any]:
     """One row as plain values; per-token figures are means over all timed tokens.
 
@@ -56,15 +63,23 @@ def summary(
         samples: What was measured.
         resident_step_s: The fully resident step with our kernels in our graph, of the same run.
         link_bytes_per_s: The best rate that was measured for the link in the same run.
+        cpu_bytes_per_s: Of the host, where it takes a part.
     """
     steps = sorted(step for repeat in samples.step_s for step in repeat)
-    accesses, hits, missed, prefetched, wasted = (
+    accesses, hits, missed, prefetched, wasted, on_cpu = (
         sum(getattr(traffic, key) for traffic in samples.traffic)
-        for key in ("accesses", "hits", "missed_bytes", "prefetched_bytes", "wasted_bytes")
+        for key in (
+            "accesses",
+            "hits",
+            "missed_bytes",
+            "prefetched_bytes",
+            "wasted_bytes",
+            "cpu_bytes",
+        )
     )
     mean_step_s = samples.mean_step_s
     missed_per_token = missed / len(steps)
-    bound_s = max(resident_step_s, missed_per_token / link_bytes_per_s)
+    bound_s = max(resident_step_s, missed_per_token / (link_bytes_per_s + cpu_bytes_per_s))
     return {
         "row": name,
         "slots": slots,
@@ -77,6 +92,8 @@ def summary(
         "missed_bytes_per_token": missed_per_token,
         "prefetched_bytes_per_token": prefetched / len(steps),
         "wasted_bytes_per_token": wasted / len(steps),
+        "cpu_bytes_per_token": on_cpu / len(steps),
+        "cpu_bytes_per_s": cpu_bytes_per_s,
         "stall_s_per_token": max(0.0, mean_step_s - resident_step_s),
         "efficiency": bound_s / mean_step_s,
         "peak_gpu_bytes": samples.peak_gpu_bytes,

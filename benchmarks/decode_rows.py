@@ -29,9 +29,10 @@ class Traffic:
     Attributes:
         accesses: Experts that a token needed in a layer.
         hits: Those that were resident at router time.
-        missed_bytes: Bytes that crossed the link because they were needed and absent.
+        missed_bytes: Bytes that were needed and absent: they crossed the link, or `cpu_bytes`.
         prefetched_bytes: Bytes that crossed it ahead of their use.
         wasted_bytes: Those of them that were evicted unused.
+        cpu_bytes: Those of the missed ones that the host computed with instead.
     """
 
     accesses: int = 0
@@ -39,6 +40,7 @@ class Traffic:
     missed_bytes: int = 0
     prefetched_bytes: int = 0
     wasted_bytes: int = 0
+    cpu_bytes: int = 0
 
 
 class Row(ABC):
@@ -54,10 +56,12 @@ class Row(ABC):
         max_repeats: Likewise.
         same_bits: Its logits are those of our resident row, to the bit.
         same_function: Its logits are the stock model's up to rounding.
+        cpu_bytes_per_s: How fast the host computes beside the link; 0 where it does not.
     """
 
     same_bits = False
     same_function = True
+    cpu_bytes_per_s = 0.0
     max_tokens: int | None = None
     max_repeats: int | None = None
 

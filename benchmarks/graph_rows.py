@@ -44,6 +44,7 @@ class OwnRow(Row):
         compiled: What lies between the experts, compiled; rows may share it.
         same_bits: Whether its logits must be the first row's to the bit: not where one of them is
             compiled and the other is not.
+        cpu_lane: Let the host compute a part of what is missing.
     """
 
     _IMPLEMENTATION = "benchmark-own"
@@ -59,13 +60,15 @@ class OwnRow(Row):
         graph: bool = True,
         compiled: CompiledLayers | None = None,
         same_bits: bool = True,
+        cpu_lane: bool = False,
     ) -> None:
         what = "all resident" if slots == testbed.num_experts else policy
         if predictor is not None:
             what = f"{policy} ({predictor.kind})"
-        how = ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
+        how = " + CPU lane" if cpu_lane else ""
+        how += ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
         super().__init__(f"ours, {what}{how}", testbed, slots=slots)
-        self.same_bits = same_bits
+        self.same_bits, self._cpu_lane = same_bits and not cpu_lane, cpu_lane
         self.max_tokens = None if graph else EAGER_TOKENS
         self._store, self._policy, self._with_graph = store, policy, graph
         self._layer_of = {moe.experts: moe.layer for moe in testbed.layers}
@@ -86,6 +89,7 @@ class OwnRow(Row):
             policy=make_policy(self._policy),
             store=self._store,
             staging_buffers=1,  # no prompt is read here
+            cpu_lane=self._cpu_lane,
         )
         ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = (
             self._experts_forward if self._compiled is None else not_compiled(self._experts_forward)
@@ -96,6 +100,9 @@ class OwnRow(Row):
         self._warm_up()
         bed.rewind()
         self._experts.cache.counters_LX.zero_()
+        if self._experts.lane is not None:
+            self._experts.lane.books.counts_X.zero_()
+            self.cpu_bytes_per_s = self._experts.lane.bytes_per_s
 
     def step(self) -> None:
         """One decode step, and what a request's end asks for."""
@@ -109,11 +116,16 @@ class OwnRow(Row):
         assert self._experts is not None
         stats = self._experts.stats()
         return Traffic(
-            accesses=stats.hits + stats.misses, hits=stats.hits, missed_bytes=stats.miss_bytes
+            accesses=stats.hits + stats.misses,
+            hits=stats.hits,
+            missed_bytes=stats.miss_bytes,
+            cpu_bytes=stats.cpu_lane_bytes,
         )
 
     def finish(self) -> None:
         """Free graph and slots."""
+        if self._experts is not None and self._experts.lane is not None:
+            self._experts.lane.close()
         self._replay = self._experts = None
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
