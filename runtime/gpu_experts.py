@@ -229,7 +229,7 @@ class GpuExperts:
             lane=lane,
         )
         if self.lane is not None:
-            self.lane.complete(layer, slot_neurons)
+            self.lane.complete(layer, slot_neurons, ids_TK.numel())
         return output_TD
 
     def stats(self) -> OffloadStats:

@@ -145,17 +145,23 @@ class GpuLane:
         )
         return event
 
-    def complete(self, layer: int, slot_neurons: int) -> None:
-        """After an event's experts: begin to fill its slots; the last layer waits for all."""
+    def complete(self, layer: int, slot_neurons: int, num_uses: int) -> None:
+        """After an event's experts: begin to fill its slots; the last layer waits for all.
+
+        Args:
+            layer: Of the event.
+            slot_neurons: How many neurons its slots hold.
+            num_uses: T * K; no more experts can have been missed.
+        """
         if self._fills(layer, slot_neurons):
             books = self._lane.books
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # None changes nothing
                 copy_records(
-                    books.fill_source_LA[layer],
-                    books.fill_target_LA[layer],
-                    books.fill_bytes_LA[layer],
+                    books.fill_source_LA[layer, :num_uses],
+                    books.fill_target_LA[layer, :num_uses],
+                    books.fill_bytes_LA[layer, :num_uses],
                     programs_per_record=_FILL_PROGRAMS,
                 )
         if layer == self._store.num_layers - 1 and self._stream is not None:

@@ -282,7 +282,7 @@ def expert_step(
     chunk_neurons = (stream if T == 1 else tiles).neurons
     num_chunks = math.ceil(F / chunk_neurons)
     dtype = _TRITON_DTYPES[layout.dtype]
-    grid = (num_chunks, active.expert_A.shape[0])
+    grid = (num_chunks, min(len(active.expert_A), T * K))  # no more can be active
     split_E = active.expert_A if lane is None else lane.books.split_LE[lane.layer]
     failed_1 = active.num_1 if lane is None else lane.books.failed_1
     operands = (

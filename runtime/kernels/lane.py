@@ -44,7 +44,7 @@ class LaneRates:
 
     link_ns: float
     cpu_ns: float
-    latency_ns: float = 20_000.0
+    latency_ns: float = 15_000.0
     slowest: float = 8.0
     pause_events: int = 10_000
     max_looks: int = 200_000

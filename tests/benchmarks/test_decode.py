@@ -237,6 +237,23 @@ def test_a_forecaster_in_the_graph_keeps_what_it_keeps_in_the_simulator() -> Non
     assert row.traffic().accesses == TOKENS * bed.num_layers * bed.top_k
 
 
+def test_a_row_with_the_cpu_lane_says_what_the_others_say_up_to_rounding() -> None:
+    bed = ReplayTestbed(
+        SHAPES["gptoss20b"].small(), device=torch.device("cpu"), num_tokens=4, dtype=torch.bfloat16
+    )
+    store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
+    timer = Timer(bed, repeats=1, tokens=4)
+    rows = [OwnRow(bed, store, "lfru", slots=3, cpu_lane=lane) for lane in (False, True)]
+    plain, with_lane = timer.time(rows).values()
+    assert not timer.failed
+    assert rows[1].name == "ours, lfru + CPU lane"
+    assert plain.exact is True
+    assert with_lane.exact is None
+    assert with_lane.difference is not None
+    assert with_lane.difference < 2e-2
+    assert rows[1].cpu_bytes_per_s > 0 == rows[0].cpu_bytes_per_s
+
+
 def trace_of(route: Route, part: slice, name: str) -> Trace:
     """A part of a route as a recorded request."""
     return Trace(
@@ -282,6 +299,10 @@ def test_efficiency_is_measured_against_compute_and_against_the_link() -> None:
     row = summary("r", 2, samples, resident_step_s=0.01, link_bytes_per_s=2.5e3)
     assert row["efficiency"] == pytest.approx(1.0)  # the bytes take all of the 20 ms
     assert "14" not in text_table([row]).splitlines()[0]
+    row = summary(
+        "r", 2, samples, resident_step_s=0.001, link_bytes_per_s=2.5e3, cpu_bytes_per_s=2.5e3
+    )
+    assert row["efficiency"] == pytest.approx(0.5)  # two lanes could do it in 10 ms
 
 
 def test_a_percentile_is_a_measured_value() -> None:

@@ -80,6 +80,42 @@ def test_outputs_agree_with_those_of_the_gpu_alone(served: Served) -> None:
     alone.backend.restore()
 
 
+@pytest.mark.gpu
+def test_a_graph_with_the_lane_in_it_answers_what_is_new(served: Served) -> None:
+    backend, spec = served.backend, served.spec
+    hidden_TD = torch.zeros(1, 32, dtype=torch.bfloat16, device=KERNEL_DEVICE)
+    ids_TK = torch.arange(spec.top_k, device=KERNEL_DEVICE)[None]
+    weights_TK = torch.full((1, spec.top_k), 0.5, device=KERNEL_DEVICE)
+
+    def step() -> list[Tensor]:
+        layers = range(spec.num_layers)
+        return [backend.forward(layer, hidden_TD, ids_TK, weights_TK) for layer in layers]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = step()
+    alone = Served(False)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        hidden_TD.copy_(torch.randn(1, 32, generator=generator))
+        ids_TK.copy_(torch.rand(1, spec.num_experts, generator=generator).topk(spec.top_k).indices)
+        graph.replay()
+        for layer, with_lane in enumerate(recorded):
+            without = alone.backend.forward(layer, hidden_TD, ids_TK, weights_TK)
+            difference = (with_lane - without).float().norm() / without.float().norm()
+            assert float(difference) < 1e-2
+    backend.cache.check_integrity()
+    stats = backend.stats()
+    assert stats.cpu_lane_on is True
+    assert stats.cpu_lane_bytes > 0
+    alone.backend.restore()
+
+
 def test_threads_that_have_died_cost_one_wait_and_no_output(
     served: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
