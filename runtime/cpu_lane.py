@@ -162,20 +162,8 @@ class CpuLane:
         Raises:
             LaneUnavailableError: No answer.
         """
-        box = self.mailbox
-        num_uses = ids_TK.numel()
-        box.expert_of_use_N[:num_uses] = ids_TK.flatten()
-        box.request[:3] = torch.tensor([layer, len(ids_TK), len(jobs)])
-        for place, (expert, first) in enumerate(jobs):
-            box.job_expert_A[place], box.job_first_A[place] = expert, first
-        posted, answered = box.posted.numpy(), box.answered.numpy()
-        number = int(posted[0]) + 1
-        posted[0] = number
-        deadline_s = time.perf_counter() + _PATIENCE_S
-        while answered[0] != number:
-            if time.perf_counter() > deadline_s:
-                raise LaneUnavailableError(f"its threads do not answer within {_PATIENCE_S} s")
-        self.books.sequence_1.fill_(number)
+        self._write(layer, jobs, ids_TK)
+        self._send()
 
     def measure_neuron_s(self) -> float:
         """Seconds of a neuron, of requests for half an expert each; median of some."""
@@ -183,11 +171,29 @@ class CpuLane:
         spent_s = []
         for trial in range(_TRIALS + 1):
             expert = trial % E
+            self._write(0, [(expert, F // 2)], torch.full((1, self._config.top_k), expert))
             started_s = time.perf_counter()
-            self.ask(0, [(expert, F // 2)], torch.full((1, self._config.top_k), expert))
+            self._send()
             if trial:  # the first wakes the threads up
                 spent_s.append(time.perf_counter() - started_s)
         return median(spent_s) / (F - F // 2)
+
+    def _write(self, layer: int, jobs: Sequence[tuple[int, int]], ids_TK: Tensor) -> None:
+        box, num_uses = self.mailbox, ids_TK.numel()
+        box.expert_of_use_N[:num_uses] = ids_TK.flatten()
+        box.request[:3] = torch.tensor([layer, len(ids_TK), len(jobs)])
+        box.job_expert_A[: len(jobs)] = torch.tensor([expert for expert, _ in jobs])
+        box.job_first_A[: len(jobs)] = torch.tensor([first for _, first in jobs])
+        self.books.sequence_1.fill_(int(box.posted[0]) + 1)  # kernels count on from there
+
+    def _send(self) -> None:
+        posted, answered = self.mailbox.posted.numpy(), self.mailbox.answered.numpy()
+        number = int(posted[0]) + 1
+        posted[0] = number
+        deadline_s = time.perf_counter() + _PATIENCE_S
+        while answered[0] != number:
+            if time.perf_counter() > deadline_s:
+                raise LaneUnavailableError(f"its threads do not answer within {_PATIENCE_S} s")
 
     def counts(self) -> dict[str, int]:
         """`COUNTS` as they are now; waits for the device, and says what has gone wrong since."""
