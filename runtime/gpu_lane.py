@@ -20,7 +20,7 @@ from runtime.cpu_lane import CpuLane, LaneUnavailableError
 from runtime.device_cache import Active, DeviceCache
 from runtime.kernels.activation import Activation
 from runtime.kernels.copy import copy_records
-from runtime.kernels.lane import LaneEvent, LaneRates, post_request
+from runtime.kernels.lane import LaneEvent, LaneRates, fill_slots, post_request
 from runtime.lane_mailbox import LaneBooks
 from runtime.link import seconds_of
 from runtime.pinned_store import PinnedStore
@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 LaneMode = bool | Literal["auto"]
 SLOWEST = 8.0  # a host of less than that part of the link's rate is not worth asking
+MOST_FILLING = 0.7  # of an expert: what the link carries in about the time of a layer
 _UNFILLED_LAYERS = 2  # at the end of a pass nothing is left that copies could hide behind
-_FILL_PROGRAMS = 8  # few, so that what an event waits for goes first on the link
 _UNMEASURED_LINK_BYTES_PER_S = 50e9  # of a device that has no link: the CPU, in tests
 
 
@@ -107,7 +107,12 @@ class GpuLane:
             lane.close()
             return None
         logger.info("CPU lane: %s", what)
-        rates = LaneRates(link_ns=1e9 * link_s, cpu_ns=1e9 * cpu_s, slowest=SLOWEST)
+        rates = LaneRates(
+            link_ns=1e9 * link_s,
+            cpu_ns=1e9 * cpu_s,
+            slowest=SLOWEST,
+            most_filling=round(MOST_FILLING * num_neurons),
+        )
         return cls(lane, store, rates)
 
     @property
@@ -151,26 +156,25 @@ class GpuLane:
         Args:
             layer: Of the event.
             slot_neurons: How many neurons its slots hold.
-            num_uses: T * K; no more experts can have been missed.
+            num_uses: T * K.
         """
+        books = self._lane.books
         if self._fills(layer, slot_neurons):
-            books = self._lane.books
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # None changes nothing
-                copy_records(
-                    books.fill_source_LA[layer, :num_uses],
-                    books.fill_target_LA[layer, :num_uses],
-                    books.fill_bytes_LA[layer, :num_uses],
-                    programs_per_record=_FILL_PROGRAMS,
-                )
-        if layer == self._store.num_layers - 1 and self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+                event = LaneEvent(layer, books, self._lane.mailbox, self.rates)
+                fill_slots(event, num_uses=num_uses)
+        if layer == self._store.num_layers - 1 and self.rates.most_filling:
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+            books.fill_done_1.copy_(books.fill_begun_1)  # also of a pass that was broken off
 
     def _fills(self, layer: int, slot_neurons: int) -> bool:
         """Slots of tops only stay as they are."""
         is_whole = slot_neurons == self._store.layout.expert_intermediate_size
-        return is_whole and layer < self._store.num_layers - _UNFILLED_LAYERS
+        is_early = layer < self._store.num_layers - _UNFILLED_LAYERS
+        return is_whole and is_early and self.rates.most_filling > 0
 
     def stats(self) -> tuple[int, bool]:
         """Bytes of weights that the host has computed with, and whether it is asked now."""

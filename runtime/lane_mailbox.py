@@ -86,6 +86,9 @@ class LaneBooks:
         fill_source_LA: int64, addresses from which to complete slots after a layer's event.
         fill_target_LA: int64, to which.
         fill_bytes_LA: int64, how much; 0 = nothing.
+        fill_neurons_L: int64, how much of an expert that is in all.
+        fill_begun_1: int64, neurons that were ever to be copied.
+        fill_done_1: int64, those of them that have arrived.
     """
 
     split_LE: Tensor
@@ -98,6 +101,9 @@ class LaneBooks:
     fill_source_LA: Tensor
     fill_target_LA: Tensor
     fill_bytes_LA: Tensor
+    fill_neurons_L: Tensor
+    fill_begun_1: Tensor
+    fill_done_1: Tensor
 
     @classmethod
     def empty(
@@ -125,4 +131,7 @@ class LaneBooks:
             fill_source_LA=zeros(num_layers, max_jobs, dtype=torch.int64),
             fill_target_LA=zeros(num_layers, max_jobs, dtype=torch.int64),
             fill_bytes_LA=zeros(num_layers, max_jobs, dtype=torch.int64),
+            fill_neurons_L=zeros(num_layers, dtype=torch.int64),
+            fill_begun_1=zeros(1, dtype=torch.int64),
+            fill_done_1=zeros(1, dtype=torch.int64),
         )

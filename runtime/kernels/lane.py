@@ -21,12 +21,14 @@ from torch import Tensor
 
 from runtime.device_cache import CHUNK_NEURONS, Active
 from runtime.expert_layout import ExpertLayout
+from runtime.kernels.copy import copy_records
 from runtime.lane_mailbox import FOR_GOOD, LaneBooks, Mailbox
 
 ALL, OURS, LEFT_OUT = range(3)
 """Neurons that an expert kernel computes: all; those not asked of the host; chunks in which there
 are such, if it does not answer."""
 _BLOCK = 1024  # numbers that are sent at once
+_FILL_PROGRAMS = 8  # few, so that what an event waits for goes first on the link
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,8 @@ class LaneRates:
         latency_ns: From a request to its answer, if there were nothing to compute.
         slowest: At so many times ``link_ns`` the host is not worth asking: the lane pauses.
         pause_events: For so many events.
+        most_filling: Slots are not completed (`fill_slots`) while so many neurons are on their way
+            already, so that copies nobody waits for do not hold up others.
         max_looks: At an answer that does not come, of about a microsecond each.
     """
 
@@ -47,6 +51,7 @@ class LaneRates:
     latency_ns: float = 15_000.0
     slowest: float = 8.0
     pause_events: int = 10_000
+    most_filling: int = 0
     max_looks: int = 200_000
 
 
@@ -94,6 +99,9 @@ def _post(
     fill_source_A,
     fill_target_A,
     fill_bytes_A,
+    fill_neurons_1,
+    fill_begun_1,
+    fill_done_1,
     posted,
     request,
     job_expert_A,
@@ -111,6 +119,7 @@ def _post(
     record_bytes,
     link_ns,
     latency_ns,
+    most_filling,
     A_BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     FILL: tl.constexpr,
@@ -138,16 +147,23 @@ def _post(
     tl.store(pending_1, num_jobs)
     tl.store(pause_1, tl.where((pause > 0) & (pause < NEVER), pause - 1, pause))
 
-    kept = (job == 1) & (slot != 0)
+    kept = ((job == 1) & (slot != 0)).to(tl.int32)
     if FILL:
+        size = (F - split) * kept
+        begun = tl.load(fill_begun_1)
+        on_their_way = begun - tl.load(fill_done_1, volatile=True)
+        filled = kept * (on_their_way + tl.cumsum(size, 0) <= most_filling).to(tl.int32)
+        num_filled = tl.sum(size * filled, 0).to(tl.int64)
+        tl.store(fill_neurons_1, num_filled)
+        tl.store(fill_begun_1, begun + num_filled)
         home = tl.load(home_E + expert, mask=inside, other=0)
         offset = split.to(tl.int64) * neuron_bytes
         row = a < num_entries
         tl.store(fill_source_A + a, home + offset, mask=row)
         tl.store(fill_target_A + a, slot + offset, mask=row)
-        tl.store(fill_bytes_A + a, tl.where(kept, record_bytes - offset, 0), mask=row)
-    else:
-        tl.store(present_E + expert, tl.minimum(split, slot_neurons), mask=kept)
+        tl.store(fill_bytes_A + a, tl.where(filled == 1, record_bytes - offset, 0), mask=row)
+        kept = kept - filled
+    tl.store(present_E + expert, tl.minimum(split, slot_neurons), mask=kept == 1)
 
     if num_jobs > 0:
         place = tl.cumsum(job, 0) - 1
@@ -237,8 +253,7 @@ def post_request(
         present_E: int32, the cache's own: corrected to what a slot will hold after the event.
         slot_neurons: How many neurons a slot holds.
         layout: Of the records.
-        fill: What the host computes is copied into the slots after the event
-            (`LaneBooks.fill_bytes_LA`), so they count as whole; for slots of whole experts.
+        fill: `fill_slots` follows, so that slots count as whole; for those of whole experts.
     """
     (T, D), (_, K) = hidden_TD.shape, topk_expert_ids_TK.shape
     layer, books, mailbox, rates = lane
@@ -261,6 +276,9 @@ def post_request(
         books.fill_source_LA[layer],
         books.fill_target_LA[layer],
         books.fill_bytes_LA[layer],
+        books.fill_neurons_L[layer:],
+        books.fill_begun_1,
+        books.fill_done_1,
         mailbox.posted,
         mailbox.request,
         mailbox.job_expert_A,
@@ -278,6 +296,7 @@ def post_request(
         layout.record_bytes,
         rates.link_ns,
         rates.latency_ns,
+        rates.most_filling,
         A_BLOCK=triton.next_power_of_2(num_entries),
         CHUNK=CHUNK_NEURONS,
         FILL=fill,
@@ -285,6 +304,28 @@ def post_request(
         BLOCK=_BLOCK,
         num_warps=4,
     )
+
+
+@triton.jit
+def _filled(neurons_1, done_1):
+    tl.store(done_1, tl.load(done_1) + tl.load(neurons_1))
+
+
+def fill_slots(lane: LaneEvent, *, num_uses: int) -> None:
+    """Copy what the host computes of a layer's event into the slots; on any stream.
+
+    Args:
+        lane: Of the event.
+        num_uses: T * K; no more experts can have been missed.
+    """
+    layer, books, _, _ = lane
+    copy_records(
+        books.fill_source_LA[layer, :num_uses],
+        books.fill_target_LA[layer, :num_uses],
+        books.fill_bytes_LA[layer, :num_uses],
+        programs_per_record=_FILL_PROGRAMS,
+    )
+    _filled[(1,)](books.fill_neurons_L[layer:], books.fill_done_1, num_warps=1)
 
 
 def await_answer(lane: LaneEvent) -> None:

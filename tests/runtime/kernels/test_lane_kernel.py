@@ -10,9 +10,8 @@ from torch import Tensor
 from runtime.device_cache import DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
-from runtime.kernels.copy import copy_records
 from runtime.kernels.experts import expert_step, expert_step_reference
-from runtime.kernels.lane import LaneEvent, LaneRates, post_request
+from runtime.kernels.lane import LaneEvent, LaneRates, fill_slots, post_request
 from runtime.kernels.tiles import workspace_elements
 from runtime.lane_mailbox import COUNTS, FOR_GOOD, LaneBooks, Mailbox
 from runtime.policies import make_policy
@@ -31,7 +30,7 @@ LAYOUT = ExpertLayout(
 F = LAYOUT.expert_intermediate_size
 NUMBERS = LAYOUT.block_elements + 2 * F + LAYOUT.hidden_size  # of a record without its padding
 CLAMPED = Activation("clamped", alpha=1.702, limit=2.0)
-RATES = LaneRates(link_ns=100.0, cpu_ns=80.0, latency_ns=2_000.0, max_looks=50)
+RATES = LaneRates(link_ns=100.0, cpu_ns=80.0, latency_ns=2_000.0, max_looks=50, most_filling=10**6)
 
 
 class Shared:
@@ -143,8 +142,7 @@ class Shared:
             lane=self.event if self.with_lane else None,
         )
         if self.with_lane and self.fill:
-            books = self.books
-            copy_records(books.fill_source_LA[0], books.fill_target_LA[0], books.fill_bytes_LA[0])
+            fill_slots(self.event, num_uses=ids_TK.numel())
         return output_TD
 
     def counts(self) -> dict[str, int]:
@@ -266,6 +264,30 @@ def test_the_rate_is_corrected_by_answers_that_are_early_or_late(
         shared.answer()
     shared.finish(*given)
     assert goes(float(shared.books.cpu_ns_1), RATES.cpu_ns)
+
+
+def test_slots_are_not_filled_while_others_still_are() -> None:
+    """Each of two experts gives half: the first fits, the second would be too much."""
+    rates = replace(RATES, link_ns=100, cpu_ns=100, latency_ns=0, most_filling=200)
+    shared = Shared(rates=rates, fill=True)
+    hidden_TD, _, weights_TK = tokens(1, 0)
+    first_TK, second_TK = (torch.tensor([ids], device=KERNEL_DEVICE) for ids in ([0, 1], [2, 3]))
+    shared.post(hidden_TD, first_TK)
+    shared.answer()
+    assert shared.cache.present_LE[0, :2].tolist() == [F, 192]
+    shared.fill = False  # they are on their way
+    shared.finish(hidden_TD, first_TK, weights_TK)
+    shared.fill = True
+    shared.post(hidden_TD, second_TK)
+    shared.answer()
+    assert shared.cache.present_LE[0, 2:4].tolist() == [192, 192], "nothing fits"
+    shared.books.fill_done_1.copy_(shared.books.fill_begun_1)
+    shared.finish(hidden_TD, second_TK, weights_TK)
+    shared.post(hidden_TD, second_TK)
+    assert shared.cache.present_LE[0, 2:4].tolist() == [F, F]
+    assert shared.books.fill_neurons_L.tolist() == [
+        int((torch.tensor(list(shared.jobs().values())) * -1 + F).sum())
+    ]
 
 
 def test_a_host_that_falls_behind_is_left_alone_for_a_while() -> None:
