@@ -18,7 +18,7 @@ from runtime.policies import make_policy
 from tests.devices import KERNEL_DEVICE
 from tests.families import tiny_model
 
-TOKENS = 4
+LENGTHS = (1, 2, 40, 1)  # of forward passes; 40 tokens are a prompt
 
 
 def model_of(dtype: torch.dtype = torch.bfloat16) -> Any:
@@ -50,10 +50,10 @@ class Served:
     def outputs(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
         said = []
-        for _ in range(TOKENS):
+        for num_tokens in LENGTHS:
             for layer in range(self.spec.num_layers):
-                hidden_TD = torch.randn(1, 32, generator=generator).bfloat16()
-                scores_TE = torch.rand(1, self.spec.num_experts, generator=generator)
+                hidden_TD = torch.randn(num_tokens, 32, generator=generator).bfloat16()
+                scores_TE = torch.rand(num_tokens, self.spec.num_experts, generator=generator)
                 weights_TK, ids_TK = scores_TE.topk(self.spec.top_k)
                 given = [x.to(KERNEL_DEVICE) for x in (hidden_TD, ids_TK, weights_TK)]
                 said.append(self.backend.forward(layer, *given).float().cpu())
