@@ -213,6 +213,9 @@ def main(argv: Sequence[str]) -> None:
             print(f"seed {seed}: {name}", file=sys.stderr)
             run = measure(traces, forecaster(seed), args.max_tokens)
             runs.setdefault(name, []).append(run)
+            closed = ", ".join(f"{slots}: {gap:.1%}" for slots, gap in run["gap_closed"].items())
+            recall = ", ".join(f"{k}: {share:.1%}" for k, share in run["recall"].items())
+            print(f"seed {seed}: {name}: gap {closed}; recall {recall}", file=sys.stderr)
     outcome: dict[str, Any] = {
         "seeds": args.seeds,
         "num_nets": args.num_nets,

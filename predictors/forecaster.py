@@ -1,19 +1,17 @@
 """Forecaster: learns from a request's past when each expert will be used again.
 
 The plug-in: what is learned lies in `forecaster_net`, what it reads in `token_history`, and how it
-is trained in `fit.forecaster`.
+is trained in `fit.forecaster`. How it gets along with text that it was not fitted on: `follower`.
 
 Shape letters: L MoE layers · E experts per layer · K experts per token · G discounts · V tokens ·
 T tokens · R rows of a history.
 """
 
 import copy
-import logging
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -22,14 +20,14 @@ from torch import Tensor
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.base import FitReport, Forecast, Moment, Predictor, Request, State, Walked
 from predictors.calibrate import Calibration, fit_calibration
+from predictors.follower import Followed, Follower, Said
 from predictors.forecaster_graph import ForecasterGraph
 from predictors.forecaster_net import Before, ForecasterNet
-from predictors.routing import mean_use_LE, traces_of
+from predictors.request_history import RequestHistory
+from predictors.routing import mean_use_LE
+from predictors.shared_net import SharedNet, rule_of, rule_tensors
 from predictors.token_history import NUM_TOKENS_READ, History, histories_of, tokens_read_N3
 
-logger = logging.getLogger(__name__)
-
-_MIN_SIGHTINGS = 3  # a token seen less often has no embedding of its own
 _WALK_TOKENS = 1024  # whose forecasts are computed at once
 
 
@@ -42,12 +40,14 @@ class ForecasterState(State):
         tokens: Embedding rows of the next token, the last one and the one before.
         said: What each net said before the token at hand.
         carried: The same, with what that token's layers have passed on so far.
+        followed: What is learned from once the request is over; None where nobody remembers it.
     """
 
     history: History | None = None
     tokens: tuple[int, ...] = ()
     said: list[Before] = field(default_factory=list)
     carried: list[Before] = field(default_factory=list)
+    followed: Followed | None = None
 
 
 class Forecaster(Predictor):
@@ -62,8 +62,10 @@ class Forecaster(Predictor):
     E[g^(d-1)], with d the distance to the expert's *next* use, not a sum over all its uses: that is
     what an eviction asks. `on_routed` answers in the same unit.
 
-    It learns one model's routing on one kind of text: fitted on 7,000 tokens of one domain, it
-    loses to LFRU on another (docs/log.md).
+    The networks learn one model's routing on one kind of text, and on another they lose to LFRU
+    (docs/log.md). So where requests are remembered (`with_history`), a small rule that is the same
+    for all experts runs along, learns from each finished request, and speaks in the networks' stead
+    where it has been the better one: of what comes next, of what to keep, or of both.
 
     Without token ids it goes by routing alone; without recorded probabilities each used expert
     counts the same; prefill rows are read like decode rows. Prompt texts are not read.
@@ -109,16 +111,6 @@ class Forecaster(Predictor):
         if not discounts or not all(0 < discount < 1 for discount in discounts):
             raise ValueError(f"discounts={list(discounts)}: must be one or more in (0, 1)")
         super().__init__(gamma=max(discounts))
-        at_least_1 = {
-            "hidden_dim": hidden_dim,
-            "num_nets": num_nets,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "max_fit_tokens": max_fit_tokens,
-        }
-        for name, value in at_least_1.items():
-            if value < 1:
-                raise ValueError(f"{name}={value}: must be at least 1")
         if token_capacity < 0 or weight_decay < 0:
             raise ValueError(
                 f"token_capacity={token_capacity}, weight_decay={weight_decay}: must not be below 0"
@@ -128,18 +120,17 @@ class Forecaster(Predictor):
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: must be in [0, 1)")
         self.discounts = [float(discount) for discount in discounts]
-        self.hidden_dim = hidden_dim
-        self.num_nets = num_nets
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.learning_rate = learning_rate
-        self.weight_decay = weight_decay
-        self.dropout = dropout
-        self.token_capacity = token_capacity
-        self.max_fit_tokens = max_fit_tokens
-        self.seed = seed
+        self.hidden_dim, self.num_nets, self.dropout = hidden_dim, num_nets, dropout
+        self.epochs, self.batch_size, self.seed = epochs, batch_size, seed
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.token_capacity, self.max_fit_tokens = token_capacity, max_fit_tokens
+        for name in ("hidden_dim", "num_nets", "epochs", "batch_size", "max_fit_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         self._trainer = trainer
         self.nets: list[ForecasterNet] = []
+        self._shared: SharedNet | None = None  # none in artifacts from before there was one
+        self._follower: Follower | None = None
         self._popularity_LE = torch.zeros(0, 0)
         self._token_rows: dict[int, int] = {}
         self._calibration = Calibration.identity()
@@ -151,52 +142,59 @@ class Forecaster(Predictor):
             MoecastError: A recorded probability is not finite.
             ValueError: Nothing to fit on, or training diverged.
         """
-        start_s = time.perf_counter()
+        laps_s = [time.perf_counter()]
+        from predictors.fit.fitting_set import vocabulary, within_memory
         from predictors.fit.forecaster import examples_of, fit_net  # loads lightning
+        from predictors.fit.shared_net import fit_shared_net
         from predictors.fit.training import device_of
 
         device = device_of(self._trainer)
         self.spec = traces.spec
         self._popularity_LE, num_requests, num_tokens = mean_use_LE(traces)
-        fitted = self._within_memory(traces)
-        self._token_rows = self._vocabulary(fitted)
+        fitted = within_memory(traces, self.max_fit_tokens)
+        self._token_rows = vocabulary(fitted, self.token_capacity)
         examples = examples_of(
             fitted, self._popularity_LE.to(device), traces.spec.top_k, self._token_rows
         )
-        features_s = time.perf_counter() - start_s
-        self.nets = [
-            fit_net(
-                examples,
-                net=self._net_sizes(),
-                discounts=self.discounts,
-                epochs=self.epochs,
-                batch_size=self.batch_size,
-                learning_rate=self.learning_rate,
-                weight_decay=self.weight_decay,
-                seed=self.seed + 1000 * n,
-                trainer=self._trainer,
-            )
-            for n in range(self.num_nets)
-        ]
+        laps_s.append(time.perf_counter())
+        recipe = "discounts epochs batch_size learning_rate weight_decay"
+        settings = {name: getattr(self, name) for name in recipe.split()}
+        settings |= {"net": self._net_sizes(), "trainer": self._trainer}
+        seeds = [self.seed + 1000 * n for n in range(self.num_nets)]
+        self.nets = [fit_net(examples, **settings, seed=seed) for seed in seeds]
         for net in self.nets:  # an artifact holds halves: what is judged is what is served
             for parameter in net.parameters():
                 parameter.requires_grad_(False).copy_(parameter.half())
             net.to(device)
-        training_s = time.perf_counter() - start_s - features_s
+        laps_s.append(time.perf_counter())
         self._calibration = Calibration.identity()
+        self._shared = self._follower = None  # what is calibrated is what the networks say
         self._calibration, details = fit_calibration(self, traces)
         for net in self.nets:
             net.cpu()
-        fit_s = time.perf_counter() - start_s
+        laps_s.append(time.perf_counter())
+        self._shared = fit_shared_net(
+            fitted, self._popularity_LE.shape, self.spec.top_k, self.discounts, seed=self.seed
+        )
+        laps_s.append(time.perf_counter())
+        parts = ("features_s", "training_s", "calibration_s", "rule_s")
         details |= {
-            "features_s": features_s,
-            "training_s": training_s,
-            "calibration_s": fit_s - features_s - training_s,
+            **dict(zip(parts, np.diff(laps_s).tolist(), strict=True)),
             "num_parameters": sum(p.numel() for net in self.nets for p in net.parameters()),
             "num_known_tokens": len(self._token_rows),
             "num_fitted_tokens": len(examples.examples_M),
         }
-        return FitReport(num_requests, num_tokens, fit_s, details)
+        return FitReport(num_requests, num_tokens, laps_s[-1] - laps_s[0], details)
+
+    def with_history(self, history: RequestHistory) -> Self:
+        """A view that follows ``history``'s requests, where an artifact has the rule for it."""
+        if self._shared is None:
+            return self
+        view, popularity_LE, K = copy.copy(self), self._popularity_LE, self.fitted_spec().top_k
+        view._follower = Follower(
+            self._shared, history, discounts=self.discounts, popularity_LE=popularity_LE, top_k=K
+        )
+        return view
 
     def new_state(self) -> ForecasterState:
         """An empty past."""
@@ -208,6 +206,7 @@ class Forecaster(Predictor):
         assert isinstance(state, ForecasterState)
         state.history = History(self._popularity_LE, self.fitted_spec().top_k)
         state.tokens = (len(self._token_rows),) * NUM_TOKENS_READ
+        state.followed = None if self._follower is None else self._follower.begin()
         return self._say(state)
 
     @torch.no_grad()
@@ -220,12 +219,9 @@ class Forecaster(Predictor):
         next_token_id: int | None = None,
     ) -> Forecast | None:
         """Add the token to the request's past and look ahead again."""
-        assert isinstance(state, ForecasterState)
-        assert state.history is not None, "on_request comes before on_token"
-        state.num_tokens += 1
-        state.history.add(expert_map_LE, token_id=token_id, next_token_id=next_token_id)
-        state.tokens = (self._row(next_token_id), self._row(token_id), *state.tokens[1:-1])
-        return self._say(state)
+        ids, next_ids = [token_id], [next_token_id]
+        maps_1LE = expert_map_LE[None]
+        return self.on_tokens(state, maps_1LE, token_ids_T=ids, next_token_ids_T=next_ids)
 
     @torch.no_grad()
     def on_tokens(
@@ -236,13 +232,20 @@ class Forecaster(Predictor):
         token_ids_T: Sequence[int | None],
         next_token_ids_T: Sequence[int | None],
     ) -> Forecast | None:
-        """The same for all of a prompt's tokens: the networks look ahead once, after the last."""
+        """The same for all of a prompt's tokens: the networks look ahead once, after the last.
+
+        So nobody knows what would have been said before each: a prompt is not learned from.
+        """
         assert isinstance(state, ForecasterState)
-        assert state.history is not None, "on_request comes before on_tokens"
+        assert state.history is not None, "on_request comes before a token"
         state.num_tokens += len(token_ids_T)
         state.history.add_all(
             expert_maps_TLE, token_ids_T=token_ids_T, next_token_ids_T=next_token_ids_T
         )
+        if state.followed is not None and len(token_ids_T) > 1:
+            state.followed.skip(len(token_ids_T))
+        elif state.followed is not None:
+            state.followed.add(state.history.rows_RLE[None])
         past = [self._row(token) for token in reversed(token_ids_T[1 - NUM_TOKENS_READ :])]
         tokens = (self._row(next_token_ids_T[-1]), *past, *state.tokens[1:])
         state.tokens = tokens[:NUM_TOKENS_READ]
@@ -256,6 +259,8 @@ class Forecaster(Predictor):
         if layer == 0:  # also where a forward pass was broken off and the token comes again
             state.carried = list(state.said)
         rows_RE = state.history.after_RE(layer, router_probs_E)
+        if state.followed is not None and state.followed.rule_keeps:
+            return self._discounted(state.followed.later(rows_RE, layer))
         later = []
         for n, net in enumerate(self.nets):
             later_GE, state.carried[n] = net.after_layer(state.carried[n], layer, rows_RE)
@@ -265,29 +270,40 @@ class Forecaster(Predictor):
     @torch.no_grad()
     def walk(self, trace: Trace, *, with_truth: bool = False) -> Walked:
         """The same forecasts, many tokens at once, on the device where the networks are."""
-        spec = self.fitted_spec()
-        device = self.nets[0].read.weight.device
-        past_NRLE, copies_TRLE = histories_of(trace, self._popularity_LE.to(device), spec.top_k)
+        device, K = self.nets[0].read.weight.device, self.fitted_spec().top_k
+        past_NRLE, copies_TRLE = histories_of(trace, self._popularity_LE.to(device), K)
         tokens_T3 = tokens_read_N3(trace, self._token_rows)[:-1].long().to(device)
         forecasts: list[Forecast | None] = []
-        shape_LE = self._popularity_LE.shape
-        later = [torch.zeros(0, *shape_LE)]
+        later = [self._popularity_LE.expand(0, -1, -1)]
+        followed = None if self._follower is None else self._follower.begin()
         for start in range(0, trace.num_tokens, _WALK_TOKENS):
             part = torch.arange(start, min(start + _WALK_TOKENS, trace.num_tokens))
             before, after = (
                 torch.cat([past_NRLE[rows], copies_TRLE[part]], dim=1) for rows in (part, part + 1)
             )
             said = [net.before(before, tokens_T3[part]) for net in self.nets]
-            next_TLE, ahead_TLE = self._mean(said)
-            forecasts += map(Forecast, next_TLE, torch.maximum(next_TLE, ahead_TLE))
-            each = [
-                net.after(one, after).sigmoid() for net, one in zip(self.nets, said, strict=True)
-            ]
-            later.append(self._discounted(torch.stack(each).mean(0)).cpu())
+            forecasts += map(Forecast, *self._forecast(followed, before, said))
+            if followed is not None and followed.rule_keeps:
+                later_TLGE = followed.later(after)
+            else:
+                each = [
+                    net.after(one, after).sigmoid()
+                    for net, one in zip(self.nets, said, strict=True)
+                ]
+                later_TLGE = torch.stack(each).mean(0)
+            later.append(self._discounted(later_TLGE).cpu())
+            if followed is not None:  # nobody is told of the last token
+                followed.add(after[: trace.num_tokens - 1 - start])
         return Walked(forecasts, torch.cat(later))
 
     def graph_module(self, *, batch_size: int, kernels: bool = True) -> ForecasterGraph:
-        """The same forecasts inside a CUDA graph."""
+        """The fitted networks' forecasts inside a CUDA graph.
+
+        Where requests are remembered, and the rule that follows them leads, the host says something
+        else: a log line tells. Where they are not, the host says the same.
+        """
+        if self._follower is not None:
+            self._follower.warn_of_graph()
         return ForecasterGraph(
             nets=copy.deepcopy(self.nets),
             popularity_LE=self._popularity_LE,
@@ -308,13 +324,14 @@ class Forecaster(Predictor):
         return {name: getattr(self, name) for name in names.split()}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The networks, float16; the known tokens' ids; popularity and calibration, float32."""
+        """The networks, float16; known tokens' ids; rule, popularity and calibration, float32."""
         if not self.nets:
             return {}
         return {
             "token_ids_V": torch.tensor(list(self._token_rows), dtype=torch.int64),
             "popularity_LE": self._popularity_LE,
             **self._calibration.tensors(),
+            **rule_tensors(self._shared),
             **{
                 f"nets.{n}.{name}": tensor.half()
                 for n, net in enumerate(self.nets)
@@ -323,12 +340,13 @@ class Forecaster(Predictor):
         }
 
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
-        """Inverse of `tensors`."""
+        """Inverse of `tensors`; what was saved before there was a rule follows no requests."""
         self.spec = spec
         self._popularity_LE = tensors["popularity_LE"]
         self._calibration = Calibration.from_tensors(tensors)
         ids_V: list[int] = tensors["token_ids_V"].tolist()
         self._token_rows = {token: row for row, token in enumerate(ids_V)}
+        self._shared, self._follower = rule_of(tensors, num_discounts=len(self.discounts)), None
         self.nets = []
         for n in range(self.num_nets):
             net = ForecasterNet(**self._net_sizes()).eval()
@@ -348,35 +366,6 @@ class Forecaster(Predictor):
             "dropout": self.dropout,
         }
 
-    def _within_memory(self, traces: TraceSet) -> list[Trace]:
-        """The "fit" requests, or as many of them, evenly spaced, as `max_fit_tokens` allows."""
-        kept = [trace for trace in traces_of(traces, "fit") if trace.num_tokens]
-        num_tokens = sum(trace.num_tokens for trace in kept)
-        if num_tokens <= self.max_fit_tokens:
-            return kept
-        share = self.max_fit_tokens / num_tokens
-        spaced = np.linspace(0, len(kept) - 1, max(1, int(share * len(kept)))).round().astype(int)
-        total = np.cumsum([kept[i].num_tokens for i in spaced])
-        places = spaced[: max(1, int((total <= self.max_fit_tokens).sum()))]
-        logger.warning(
-            "fitting on %d of %d requests: max_fit_tokens=%d, there are %d tokens",
-            len(places),
-            len(kept),
-            self.max_fit_tokens,
-            num_tokens,
-        )
-        return [kept[i] for i in places]
-
-    def _vocabulary(self, traces: Sequence[Trace]) -> dict[int, int]:
-        """The embedding row of each token that is seen often enough."""
-        counts: Counter[int] = Counter()
-        for trace in traces:
-            if trace.token_ids_P is not None:
-                first = trace.first_routed_position
-                counts.update(trace.token_ids_P[first : first + trace.num_tokens].tolist())
-        kept = [t for t, seen in counts.most_common(self.token_capacity) if seen >= _MIN_SIGHTINGS]
-        return {token: row for row, token in enumerate(sorted(kept))}
-
     def _row(self, token_id: int | None) -> int:
         unknown = len(self._token_rows)
         return unknown if token_id is None else self._token_rows.get(token_id, unknown)
@@ -385,9 +374,18 @@ class Forecaster(Predictor):
         assert state.history is not None
         rows_1RLE, tokens_13 = state.history.rows_RLE[None], torch.tensor([state.tokens])
         state.said = [net.before(rows_1RLE, tokens_13) for net in self.nets]
-        next_1LE, ahead_1LE = self._mean(state.said)
-        state.forecast = Forecast(next_1LE[0], torch.maximum(next_1LE, ahead_1LE)[0])
+        next_1LE, forecast_1LE = self._forecast(state.followed, rows_1RLE, state.said)
+        state.forecast = Forecast(next_1LE[0], forecast_1LE[0])
         return state.forecast
+
+    def _forecast(
+        self, followed: Followed | None, rows_TRLE: Tensor, said: Sequence[Before]
+    ) -> Forecast:
+        """What is said before each of a request's next tokens: float32 [T, L, E]."""
+        next_TLE, ahead_TLE = self._mean(said)
+        if followed is None:
+            return Forecast(next_TLE, torch.maximum(next_TLE, ahead_TLE))
+        return followed.say(rows_TRLE, Said(next_TLE, ahead_TLE))
 
     def _mean(self, said: Sequence[Before]) -> tuple[Tensor, Tensor]:
         """Calibrated *next* and *ahead* of all networks together, on the CPU."""

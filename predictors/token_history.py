@@ -42,6 +42,7 @@ from data.schema import Trace
 
 DECAYS: Final = (0.5, 0.8, 0.93, 0.98)
 NUM_PAST: Final = 3 + len(DECAYS)
+USE_ROW: Final = 1
 AVERAGE_ROWS: Final = slice(2, 2 + len(DECAYS))
 AGE_ROW: Final = NUM_PAST - 1
 COPY_MIN_MATCH: Final = (1, 2)
