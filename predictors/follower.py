@@ -37,11 +37,12 @@ logger = logging.getLogger(__name__)
 
 _EVEN_WEIGHT = 0.5  # requests' worth of even use that a start is mixed with
 _FORGET = 0.9  # what is left of a running loss after each request
-_REQUEST_TOKENS = 512  # of a request at most, its latest: 22 x L x E bytes each
+_REQUEST_TOKENS = 512  # of a request at most, its latest: 23 x L x E bytes each
 _LEARNED_TOKENS = 2048  # of finished requests, likewise
 _TOKENS_PER_STEP = 8
 _MAX_STEPS = 32  # whenever requests have finished: what a next one waits for
 _LEARNING_RATE = 3e-3
+_BLOCK = 64  # tokens whose hidden units are held at once
 _LEAST = 1e-4  # a probability's distance from 0 and 1 in a log loss
 
 
@@ -128,7 +129,7 @@ class Follower:
 
     def rule(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Use by the next token, [..., E], and ``g^(d-1)``, [..., G, E], from [..., E, J]."""
-        said = self._net(features).sigmoid()
+        said = torch.cat([self._net(part).sigmoid() for part in torch.split(features, _BLOCK)])
         return said[..., 0], said[..., 1:].transpose(-1, -2)
 
     def warn_of_graph(self) -> None:
