@@ -30,7 +30,6 @@ from data.cli import parse_cli
 from data.errors import MoecastError
 from data.importers import load_traces
 from data.schema import MoESpec, Trace, TraceSet
-from predictors.artifact import load_artifact, read_manifest
 from predictors.base import Predictor, Walked
 from predictors.request_history import RequestHistory
 from runtime.budget import Budget, Scope, parse_budgets, working_set_bytes
@@ -374,6 +373,9 @@ class Args:
 
 def main(argv: Sequence[str]) -> None:
     """Command line: a table for people, then one line of JSON."""
+    # Artifacts take FAISS and pydantic; whoever replays a fitted predictor does without.
+    from predictors.artifact import load_artifact, read_manifest
+
     args = parse_cli(Args, argv)
     try:
         # A trace that does not say how many experts there are is taken for the artifact's model's.

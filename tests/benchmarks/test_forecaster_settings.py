@@ -1,11 +1,17 @@
 """The forecaster's benchmark: what it says is unseen, or unknown, is."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 
 from benchmarks.forecaster import settings_of, with_past_ids
 from data.schema import TraceList
 from predictors.forecaster import Forecaster
 from tests.predictors.fakes import SPEC, make_trace, make_traces, random_traces
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_with_past_ids_no_forecast_depends_on_the_next_tokens_id() -> None:
@@ -53,3 +59,12 @@ def test_each_token_bears_the_id_of_the_one_before() -> None:
     moved = with_past_ids(make_traces({"fit": [trace]}))[0]
     assert moved.token_ids_P is not None
     assert np.array_equal(moved.token_ids_P, [-1, 0])
+
+
+def test_it_loads_where_only_torch_and_lightning_are() -> None:
+    absent = ["hydra", "pydantic", "fastapi", "datasets", "wandb", "faiss"]
+    code = (
+        f"import sys\nsys.modules.update(dict.fromkeys({absent}))\nimport benchmarks.forecaster\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
