@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from runtime.server.sampling import Sampler
+from runtime.server.routing import TakeRouting, can_tell_routing, record_routing
+from runtime.server.sampling import Sampler, token_logprobs
 from runtime.server.sequence import (
     ContextLengthError,
     EngineObserver,
@@ -81,6 +82,7 @@ class GenerationEngine:
         self.offload = offload
         self.max_context_tokens = _context_tokens(self._config, max_context_tokens)
         self.vocab_size: int = self._config.vocab_size
+        self.tells_routing = can_tell_routing(model)
         self.capacity = max_queue + 1
         self._model = model
         self._forward_options: dict[str, Any] = (
@@ -245,8 +247,9 @@ class GenerationEngine:
         """Generate one sequence; whatever happens to it, the engine lives on."""
         generation.timings.started_s = time.perf_counter()
         try:
-            with torch.inference_mode():
-                outcome = self._generate(generation)
+            wanted = generation.request.routed_experts
+            with torch.inference_mode(), record_routing(self._model, wanted=wanted) as routing:
+                outcome = self._generate(generation, routing)
         except EngineUnavailableError as error:
             self._fail(generation, error, "abort")
         except Exception as error:
@@ -255,13 +258,19 @@ class GenerationEngine:
         else:
             self._end(generation, outcome)
 
-    def _generate(self, generation: Generation) -> Outcome:
+    def _generate(self, generation: Generation, routing: TakeRouting) -> Outcome:
         request, device = generation.request, self._model.device
-        sampler = Sampler(request.sampling, device=device)
+        sampler = Sampler(
+            request.sampling,
+            device=device,
+            num_prompt_tokens=len(request.prompt_ids),
+            eos_ids=sorted(self._eos_ids),
+        )
         pieces = TextStream(
             self.tokenizer,
             stops=request.stops,
             context_ids=request.prompt_ids if request.continues_prompt else (),
+            min_tokens=request.sampling.min_tokens,
         )
         if self.offload is not None:
             text = request.prompt_text
@@ -274,13 +283,26 @@ class GenerationEngine:
         while not generation.cancelled:
             if self._state == "stopped":
                 raise EngineUnavailableError(self._why_unavailable())
-            next_11 = sampler(ids_1T, self._forward(ids_1T[:, num_fed:], cache))
+            # Only the prompt's pass may need the logits of more than its last token.
+            num_top = None if num_fed else request.prompt_logprobs
+            logits_TV = self._forward(ids_1T[:, num_fed:], cache, keep_all=num_top is not None)
+            logits_1V = logits_TV[-1:]
+            next_11 = sampler(ids_1T, logits_1V)
             token_id = int(next_11)  # on a GPU the host waits for the token here
             self._observer.on_token(
                 num_prompt_tokens=0 if num_fed else len(request.prompt_ids),
                 since_last_s=generation.clock_token(),
             )
-            piece = self._piece(generation, token_id, pieces)
+            piece = self._piece(
+                generation,
+                token_id,
+                pieces,
+                logprobs=sampler.logprobs(token_id, logits_1V),
+                prompt_logprobs=None
+                if num_top is None
+                else token_logprobs(request.prompt_ids[1:], logits_TV[:-1], num_top=num_top),
+                routed_experts_TLK=routing(),
+            )
             generation.sink(piece)
             if piece.finish_reason is not None:
                 return piece.finish_reason
@@ -288,19 +310,28 @@ class GenerationEngine:
             ids_1T = torch.cat([ids_1T, next_11], dim=-1)
         return "abort"
 
-    def _forward(self, ids_1T: Tensor, cache: DynamicCache) -> Tensor:
-        """The logits after the last of ``ids_1T``, which extend what ``cache`` holds: [1, V]."""
-        output = self._model(
-            input_ids=ids_1T, past_key_values=cache, use_cache=True, **self._forward_options
-        )
-        logits_1V: Tensor = output.logits[:, -1]
-        return logits_1V
+    def _forward(self, ids_1T: Tensor, cache: DynamicCache, *, keep_all: bool = False) -> Tensor:
+        """The logits after ``ids_1T``, which extend what ``cache`` holds.
+
+        [1, V] after the last of them; with ``keep_all`` [T, V], after each.
+        """
+        options = {} if keep_all else self._forward_options
+        output = self._model(input_ids=ids_1T, past_key_values=cache, use_cache=True, **options)
+        logits_TV: Tensor = output.logits[0]
+        return logits_TV if keep_all else logits_TV[-1:]
 
     def _new_cache(self) -> DynamicCache:
         return DynamicCache(config=self._config)
 
-    def _piece(self, generation: Generation, token_id: int, text: TextStream) -> Piece:
-        """What the token adds to the text, and whether it ends the sequence."""
+    def _piece(self, generation: Generation, token_id: int, text: TextStream, **told: Any) -> Piece:
+        """What the token adds to the text, and whether it ends the sequence.
+
+        Args:
+            generation: The sequence.
+            token_id: Its next token.
+            text: What decodes it.
+            told: Further fields of the piece.
+        """
         is_eos = token_id in self._eos_ids and not generation.request.ignore_eos
         is_last = is_eos or generation.num_tokens == generation.max_tokens
         shown = text.push(token_id)
@@ -311,7 +342,7 @@ class GenerationEngine:
             reason = "stop"
         elif is_last:
             reason = "length"
-        return Piece(generation.index, token_id, shown, reason)
+        return Piece(generation.index, token_id, shown, reason, **told)
 
     def _fail(self, generation: Generation, error: Exception, outcome: Outcome) -> None:
         generation.sink(Failure(generation.index, error))

@@ -9,8 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from data.schema import MoESpec
-from runtime.server.sampling import SamplingParams
+from runtime.server.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
 Outcome = Literal["stop", "length", "abort", "error"]
@@ -98,6 +101,9 @@ class GenerationRequest:
         stops: Strings that end the text and are not part of it.
         ignore_eos: Generate past the end-of-sequence token (for benchmarks).
         continues_prompt: Whether the text goes on where the prompt ends, or stands alone.
+        prompt_logprobs: Tell how probable each prompt token was, and so many most probable ones in
+            its place; None tells nothing.
+        routed_experts: Tell which experts every token was routed to.
     """
 
     request_id: str
@@ -109,20 +115,35 @@ class GenerationRequest:
     stops: Sequence[str] = ()
     ignore_eos: bool = False
     continues_prompt: bool = True
+    prompt_logprobs: int | None = None
+    routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """One token of sequence ``index``; the last one has a finish reason.
 
-    ``text`` is what may be shown since the piece before: empty where a character or a possible
-    stop string is still open.
+    Attributes:
+        index: The sequence.
+        token_id: The token.
+        text: What may be shown since the piece before: empty where a character or a possible stop
+            string is still open.
+        finish_reason: Why it was the last, or None.
+        logprobs: If `SamplingParams.num_logprobs` asked for it.
+        prompt_logprobs: Of the prompt's tokens but the first, before which there is nothing; with
+            a sequence's first piece, if `GenerationRequest.prompt_logprobs` asked for it.
+        routed_experts_TLK: int16, the experts of the tokens that were read to give this one: the
+            prompt for the first piece, the token before for any other; L counts decoder layers,
+            dense ones are zero. If `GenerationRequest.routed_experts` asked for it.
     """
 
     index: int
     token_id: int
     text: str
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
+    routed_experts_TLK: npt.NDArray[np.int16] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,13 +96,26 @@ class StopStrings:
 
 
 class TextStream:
-    """A `Detokenizer` followed by `StopStrings`."""
+    """A `Detokenizer` followed by `StopStrings`.
+
+    Args:
+        tokenizer: See `Detokenizer`.
+        stops: See `StopStrings`.
+        context_ids: See `Detokenizer`.
+        min_tokens: What so many tokens say is no part of a stop string (as in vLLM).
+    """
 
     def __init__(
-        self, tokenizer: Any, *, stops: Sequence[str] = (), context_ids: Sequence[int] = ()
+        self,
+        tokenizer: Any,
+        *,
+        stops: Sequence[str] = (),
+        context_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = Detokenizer(tokenizer, context_ids=context_ids)
         self._stops = StopStrings(stops)
+        self._num_exempt = min_tokens
 
     @property
     def stopped(self) -> bool:
@@ -111,7 +124,11 @@ class TextStream:
 
     def push(self, token_id: int) -> str:
         """Take one token; return the text that may be shown now."""
-        return self._stops.push(self._detokenizer.push(token_id))
+        piece = self._detokenizer.push(token_id)
+        if self._num_exempt:
+            self._num_exempt -= 1
+            return piece
+        return self._stops.push(piece)
 
     def finish(self) -> str:
         """Return the rest; `stopped` may become true by it. Call once, if not stopped."""
