@@ -1,115 +1,21 @@
-"""From the engine's pieces to OpenAI objects: whole, or as server-sent events.
+"""Answers on their way to the client: whole, or as server-sent events.
 
 The engine calls from its own thread; an `Answer` carries its pieces over to the event loop, and
 cancels what is left when the client goes away.
 """
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Sequence
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Protocol
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from runtime.server.errors import APIError, internal_error
-from runtime.server.protocol import (
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatCompletion,
-    ChatMessage,
-    Completion,
-    CompletionChoice,
-    StreamOptions,
-    Usage,
-)
-from runtime.server.sequence import (
-    EngineUnavailableError,
-    Failure,
-    FinishReason,
-    Generation,
-    Piece,
-)
-
-_DONE = "data: [DONE]\n\n"
-
-
-class Form(Protocol):
-    """How one endpoint writes its answers; `CompletionForm` and `ChatForm` are the two."""
-
-    id_prefix: str
-
-    def whole(
-        self, texts: Sequence[str], reasons: Sequence[FinishReason], **head: Any
-    ) -> BaseModel:
-        """The complete answer, one choice per text; ``head`` is id, created, model, usage."""
-        ...
-
-    def chunk(self, piece: Piece | None, *, is_first: bool, **head: Any) -> BaseModel:
-        """One event for ``piece``, or the one without choices that carries the usage."""
-        ...
-
-
-class CompletionForm:
-    """``/v1/completions``."""
-
-    id_prefix = "cmpl-"
-
-    def whole(
-        self, texts: Sequence[str], reasons: Sequence[FinishReason], **head: Any
-    ) -> BaseModel:
-        """See `Form`."""
-        choices = [
-            CompletionChoice(index=i, text=text, finish_reason=reason)
-            for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return Completion(choices=choices, **head)
-
-    def chunk(self, piece: Piece | None, *, is_first: bool, **head: Any) -> BaseModel:
-        """See `Form`."""
-        choices = (
-            []
-            if piece is None
-            else [
-                CompletionChoice(
-                    index=piece.index, text=piece.text, finish_reason=piece.finish_reason
-                )
-            ]
-        )
-        return Completion(choices=choices, **head)
-
-
-class ChatForm:
-    """``/v1/chat/completions``. The role comes with the first token, so chunks equal tokens."""
-
-    id_prefix = "chatcmpl-"
-
-    def whole(
-        self, texts: Sequence[str], reasons: Sequence[FinishReason], **head: Any
-    ) -> BaseModel:
-        """See `Form`."""
-        choices = [
-            ChatChoice(index=i, message=ChatMessage(content=text), finish_reason=reason)
-            for i, (text, reason) in enumerate(zip(texts, reasons, strict=True))
-        ]
-        return ChatCompletion(choices=choices, **head)
-
-    def chunk(self, piece: Piece | None, *, is_first: bool, **head: Any) -> BaseModel:
-        """See `Form`."""
-        choices = []
-        if piece is not None:
-            role = {"role": "assistant"} if is_first else {}
-            choices = [
-                ChatChunkChoice(
-                    index=piece.index,
-                    delta={**role, "content": piece.text},
-                    finish_reason=piece.finish_reason,
-                )
-            ]
-        return ChatChunk(choices=choices, **head)
+from runtime.server.forms import Counts, Form
+from runtime.server.sequence import EngineUnavailableError, Failure, Generation, Piece
 
 
 class Inbox:
@@ -139,8 +45,9 @@ class Answer:
         generations: What the engine is generating, pieces going to ``inbox``.
         inbox: Made on this event loop.
         form: How the endpoint writes.
-        head: id, created and model of every object.
         num_prompt_tokens: Over all prompts, each counted once.
+        limit_s: Seconds that the answer may take from now on; None for no limit.
+        on_close: Called once, when nobody waits for the answer any more.
     """
 
     def __init__(
@@ -149,96 +56,92 @@ class Answer:
         inbox: Inbox,
         *,
         form: Form,
-        head: dict[str, Any],
         num_prompt_tokens: int,
+        limit_s: float | None = None,
+        on_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._generations = generations
         self._inbox = inbox
         self._form = form
-        self._head = head
-        self._num_prompt_tokens = num_prompt_tokens
+        self._counts = Counts(num_prompt_tokens, 0)
+        self._limit_s = limit_s
+        self._deadline_s = None if limit_s is None else time.monotonic() + limit_s
+        self._on_close = on_close
+        self._closed = False
 
-    def cancel(self) -> None:
-        """Stop what is not done."""
+    def close(self) -> None:
+        """Stop what is not done; a second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
         for generation in self._generations:
             generation.cancel()
+        self._on_close()
 
     async def whole(self) -> BaseModel:
         """Wait for all sequences; the complete object.
 
         Raises:
-            APIError: A sequence failed.
+            APIError: A sequence failed, or time is up.
         """
-        texts = [""] * len(self._generations)
-        reasons: dict[int, FinishReason] = {}
-        num_pieces = 0
+        sequences: list[list[Piece]] = [[] for _ in self._generations]
         async with aclosing(self._pieces()) as pieces:
             async for piece in pieces:
-                num_pieces += 1
-                texts[piece.index] += piece.text
-                if piece.finish_reason is not None:
-                    reasons[piece.index] = piece.finish_reason
-        in_order = [reasons[i] for i in range(len(texts))]
-        return self._form.whole(texts, in_order, usage=self._usage(num_pieces), **self._head)
+                sequences[piece.index].append(piece)
+        return self._form.whole(sequences, self._counts)
 
-    async def events(self, options: StreamOptions) -> AsyncGenerator[str, None]:
-        """Server-sent events: one per token, then the usage if wanted, then ``[DONE]``.
-
-        With ``include_usage`` the events of tokens say ``usage: null``, or with
-        ``continuous_usage_stats`` the usage so far; else they do not mention it. A failure arrives
-        as an event in the error form, since the status line has long been sent.
-        """
-        left_out = None if options.include_usage else {"usage"}
-        begun: set[int] = set()
-        num_pieces = 0
+    async def events(self) -> AsyncGenerator[str, None]:
+        """Server-sent events, as the form writes them; a failure is one, too."""
+        for event in self._form.opening():
+            yield event
         try:
             async with aclosing(self._pieces()) as pieces:
                 async for piece in pieces:
-                    num_pieces += 1
-                    is_first = piece.index not in begun
-                    begun.add(piece.index)
-                    usage = self._usage(num_pieces) if options.continuous_usage_stats else None
-                    chunk = self._form.chunk(piece, is_first=is_first, usage=usage, **self._head)
-                    yield f"data: {chunk.model_dump_json(exclude=left_out)}\n\n"
+                    for event in self._form.events(piece, self._counts):
+                        yield event
         except APIError as error:
-            yield f"data: {json.dumps(error.body)}\n\n"
+            last = self._form.failure(error)
         else:
-            if options.include_usage:
-                usage = self._usage(num_pieces)
-                chunk = self._form.chunk(None, is_first=False, usage=usage, **self._head)
-                yield f"data: {chunk.model_dump_json()}\n\n"
-        yield _DONE
+            last = self._form.closing(self._counts)
+        for event in last:
+            yield event
 
     async def _pieces(self) -> AsyncGenerator[Piece, None]:
         num_open = len(self._generations)
         try:
             while num_open:
-                said = await self._inbox.get()
+                said = await self._next()
                 if isinstance(said, Failure):
                     raise as_api_error(said.error)
                 num_open -= said.finish_reason is not None
+                self._counts = self._counts._replace(generated=self._counts.generated + 1)
                 yield said
         finally:
-            self.cancel()
+            self.close()
 
-    def _usage(self, num_generated: int) -> Usage:
-        return Usage(
-            prompt_tokens=self._num_prompt_tokens,
-            completion_tokens=num_generated,
-            total_tokens=self._num_prompt_tokens + num_generated,
-        )
+    async def _next(self) -> Piece | Failure:
+        left_s = None if self._deadline_s is None else self._deadline_s - time.monotonic()
+        try:
+            return await asyncio.wait_for(self._inbox.get(), left_s)
+        except TimeoutError:
+            raise APIError(
+                f"the answer is not complete after {self._limit_s:g} s, which is all that this "
+                "server gives a request: ask for fewer tokens",
+                status=408,
+                code="request_timeout",
+            ) from None
 
 
 class EventStream(StreamingResponse):
-    """Sends an answer's events, and cancels it however the sending ends.
+    """Sends an answer's events, and closes it however the sending ends.
 
     The generator of events cannot do that alone: if the client is gone before the first event, it
     is never begun, and so never closed.
     """
 
-    def __init__(self, answer: Answer, options: StreamOptions) -> None:
+    def __init__(self, answer: Answer) -> None:
         super().__init__(
-            answer.events(options),
+            answer.events(),
             media_type="text/event-stream",
             # Proxies must not hold tokens back.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
@@ -250,7 +153,7 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.cancel()
+            self._answer.close()
 
 
 async def whole_unless_gone(answer: Answer, receive: Receive) -> BaseModel | None:
@@ -270,7 +173,7 @@ async def whole_unless_gone(answer: Answer, receive: Receive) -> BaseModel | Non
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return answering.result() if answering.done() else None
     finally:
-        answer.cancel()
+        answer.close()
         answering.cancel()
         leaving.cancel()
 

@@ -4,7 +4,6 @@ Clients parse this form, so nothing else may leave the server with a status of 4
 FastAPI's 422, not Starlette's plain-text 404, not an uncaught exception.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,8 +11,6 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
-
-logger = logging.getLogger(__name__)
 
 INVALID_REQUEST = "invalid_request_error"
 _CODES = {
@@ -45,6 +42,8 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
+        # A client's text may hold half a surrogate pair, which no answer can.
+        message, param = _encodable(message), param and _encodable(param)
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
@@ -58,7 +57,7 @@ class APIError(Exception):
 
 
 def install(app: FastAPI) -> None:
-    """Make ``app`` answer every kind of failure in OpenAI's form."""
+    """Make ``app`` refuse in OpenAI's form; `middleware.RequestLog` does it for crashes."""
 
     async def on_api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, APIError)
@@ -73,14 +72,9 @@ def install(app: FastAPI) -> None:
         message = f"{request.method} {request.url.path}: {error.detail}"
         return APIError(message, status=error.status_code, headers=error.headers).response()
 
-    async def on_crash(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return internal_error(error).response()
-
     app.add_exception_handler(APIError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
-    app.add_exception_handler(Exception, on_crash)
 
 
 def internal_error(error: BaseException) -> APIError:
@@ -96,7 +90,12 @@ def _from_validation(details: Mapping[str, Any]) -> APIError:
     if kind == "json_invalid":
         reason = details["ctx"]["error"]
         return APIError(f"the body is not valid JSON: {reason} at character {location[0]}")
+    if kind == "wrong_combination":
+        param = details["ctx"]["param"]
+        return APIError(f"{param}: {details['msg']}", param=param, code="invalid_value")
     param = _path(location)
+    if param is None and kind == "string_unicode":
+        return APIError("the name of a parameter is not valid Unicode: it has a lone surrogate")
     if param is None:
         return APIError("the body must be a JSON object, sent with Content-Type: application/json")
     if kind == "extra_forbidden":
@@ -109,3 +108,7 @@ def _from_validation(details: Mapping[str, Any]) -> APIError:
 def _path(location: Sequence[str | int]) -> str | None:
     parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
     return "".join(parts).removeprefix(".") or None
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()

@@ -1,7 +1,7 @@
-"""The JSON bodies of the OpenAI API: what comes in, what goes out, and what is refused.
+"""The JSON bodies of completions and chats that come in, and what of them is refused.
 
 A parameter that would change the answer and is not implemented is refused by name, unless it
-stands at the value that changes nothing (``logprobs: false``). Accepting and ignoring it would
+stands at the value that changes nothing (``store: false``). Accepting and ignoring it would
 give the user another answer than the one asked for. Only ``user`` is accepted and ignored, as
 OpenAI itself does.
 
@@ -10,277 +10,229 @@ Knows nothing of tokenizers, models or HTTP.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from runtime.server.sequence import FinishReason
-
-MAX_STOPS = 4
-MAX_CHOICES = 128
-
-
-def _only(*no_ops: Any) -> BeforeValidator:
-    """Refuse every value of a parameter that is not implemented, but those that change nothing."""
-
-    def check(value: Any) -> Any:
-        if value is not None and value not in no_ops:
-            raise PydanticCustomError(
-                "unsupported_parameter",
-                "not implemented by this server; leave it out{or_at}",
-                {"or_at": "".join(f", or at {no_op!r}" for no_op in no_ops)},
-            )
-        return value
-
-    return BeforeValidator(check)
+from runtime.server.fields import (
+    INT32_MAX,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_REPETITION_PENALTY,
+    TEXT_OR_PARTS_SCHEMA,
+    Biases,
+    Flag,
+    Integer,
+    Number,
+    PositiveInt,
+    Prompts,
+    Refused,
+    Stops,
+    Text,
+    text_of_parts,
+)
 
 
-def _null_is(default: Any) -> BeforeValidator:
-    """A null stands for the default, as it does at OpenAI."""
-    return BeforeValidator(lambda value: default if value is None else value)
+class Body(BaseModel):
+    """Any body: what it does not know, it refuses."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
-def _stops(value: Any) -> Any:
-    stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise ValueError("must be a string or a list of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"{len(stops)} stop strings: at most {MAX_STOPS} are allowed")
-    if "" in stops:
-        raise ValueError("a stop string is empty: every one needs at least one character")
-    return stops
+def needs_one_of(*names: str) -> Any:
+    """A validator for a body in which exactly one of these parameters must be given."""
+
+    def check(self: Any) -> Any:
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise _at(names[0], f"give exactly one of {' and '.join(names)}")
+        return self
+
+    return model_validator(mode="after")(check)
 
 
-def _prompts(value: Any) -> Any:
-    """Four forms become two: texts, or lists of token ids."""
-    if isinstance(value, str):
-        return [_valid_text(value)]
-    if isinstance(value, list) and value:
-        if all(isinstance(text, str) for text in value):
-            return [_valid_text(text) for text in value]
-        if _are_ids(value):
-            return [value]
-        if all(isinstance(ids, list) and _are_ids(ids) for ids in value):
-            return value
-    raise ValueError(
-        "must be a string, a list of strings, a list of token ids or a list of such lists, "
-        "none of the lists empty"
-    )
-
-
-def _are_ids(values: list[Any]) -> bool:
-    return bool(values) and all(type(value) is int for value in values)
-
-
-def _content(value: Any) -> Any:
-    """A string, or text parts, which become lines of one string."""
-    if isinstance(value, str):
-        return _valid_text(value)
-    if not isinstance(value, list):
-        raise ValueError('must be a string or a list of {"type": "text", "text": ...} parts')
-    for part in value:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise ValueError(f"a part of type {kind!r}: only 'text' parts are implemented")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError("a text part must have the keys type and text, text being a string")
-    return _valid_text("\n".join(part["text"] for part in value))
-
-
-def _valid_text(text: str) -> str:
-    """JSON can spell half a surrogate pair, which is no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not valid Unicode: lone surrogate at character {error.start}") from None
-    return text
-
-
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """What a stream carries besides the answer; ``continuous_usage_stats`` is vLLM's."""
 
-    model_config = ConfigDict(extra="forbid")
+    include_usage: Flag = False
+    continuous_usage_stats: Flag = False
 
-    include_usage: Annotated[StrictBool, _null_is(False)] = False
-    continuous_usage_stats: Annotated[StrictBool, _null_is(False)] = False
-
-    include_obfuscation: Annotated[Any, _only(False)] = None
+    include_obfuscation: Annotated[Any, Refused(False)] = None
 
 
-_PositiveInt = Annotated[int, Field(strict=True, ge=1)]
+class SamplingBody(Body):
+    """How tokens are drawn; OpenAI's parameters and those that vLLM added."""
 
-
-class GenerationBody(BaseModel):
-    """What both kinds of request share. ``top_k`` and ``ignore_eos`` are vLLM's."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: StrictStr
-    temperature: Annotated[
-        float, Field(strict=True, ge=0, le=2, allow_inf_nan=False), _null_is(1.0)
+    temperature: Annotated[float, Number(1.0, ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Number(1.0, ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Integer(0, ge=-1, le=INT32_MAX)] = 0
+    min_p: Annotated[float, Number(0.0, ge=0, le=1)] = 0.0
+    frequency_penalty: Annotated[float, Number(0.0, ge=-2, le=2)] = 0.0
+    presence_penalty: Annotated[float, Number(0.0, ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[
+        float, Number(1.0, ge=1 / MAX_REPETITION_PENALTY, le=MAX_REPETITION_PENALTY)
     ] = 1.0
-    top_p: Annotated[float, Field(strict=True, ge=0, le=1, allow_inf_nan=False), _null_is(1.0)] = (
-        1.0
-    )
-    top_k: Annotated[int, Field(strict=True, ge=-1), _null_is(0)] = 0
-    n: Annotated[int, Field(strict=True, ge=1, le=MAX_CHOICES), _null_is(1)] = 1
-    stop: Annotated[list[str], BeforeValidator(_stops)] = []
+    logit_bias: Biases = {}
+    min_tokens: Annotated[int, Integer(0, ge=0, le=INT32_MAX)] = 0
+    ignore_eos: Flag = False
     seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
-    stream: Annotated[StrictBool, _null_is(False)] = False
-    stream_options: StreamOptions | None = None
-    ignore_eos: Annotated[StrictBool, _null_is(False)] = False
-    user: StrictStr | None = None
+    stop: Stops = []
 
-    frequency_penalty: Annotated[Any, _only(0)] = None
-    presence_penalty: Annotated[Any, _only(0)] = None
-    repetition_penalty: Annotated[Any, _only(1)] = None
-    min_tokens: Annotated[Any, _only(0)] = None
-    min_p: Annotated[Any, _only(0)] = None
-    logit_bias: Annotated[Any, _only({})] = None
+
+class GenerationBody(SamplingBody):
+    """What completions and chats share; ``return_routed_experts`` is SGLang's."""
+
+    model: Text
+    n: Annotated[int, Integer(1, ge=1, le=MAX_CHOICES)] = 1
+    stream: Flag = False
+    stream_options: StreamOptions | None = None
+    return_routed_experts: Flag = False
+    user: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_stream(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise _at("stream_options", "only allowed with stream=true")
+        if self.return_routed_experts and self.stream:
+            raise _at("return_routed_experts", "only allowed with stream=false")
+        return self
 
 
 class CompletionBody(GenerationBody):
     """Body of ``POST /v1/completions``."""
 
-    prompt: Annotated[list[str] | list[list[int]], BeforeValidator(_prompts)]
-    max_tokens: _PositiveInt | None = None
+    prompt: Prompts
+    max_tokens: Annotated[int, Field(strict=True, ge=0)] | None = None
+    echo: Flag = False
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MAX_LOGPROBS)] | None = None
 
-    best_of: Annotated[Any, _only(1)] = None
-    echo: Annotated[Any, _only(False)] = None
-    logprobs: Annotated[Any, _only()] = None
-    suffix: Annotated[Any, _only("")] = None
+    best_of: Annotated[Any, Refused(1)] = None
+    suffix: Annotated[Any, Refused("")] = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> "CompletionBody":
+        if self.max_tokens == 0 and not self.echo:
+            raise _at("max_tokens", "0 is only allowed with echo=true; otherwise at least 1")
+        if self.return_routed_experts and len(self.prompt) > 1:
+            complaint = f"only allowed with 1 prompt, not {len(self.prompt)}"
+            raise _at("return_routed_experts", complaint)
+        return self
 
 
-class ChatMessageBody(BaseModel):
+class FunctionBody(Body):
+    """A function that the model may call; ``parameters`` is a JSON schema, shown to the model."""
+
+    name: Annotated[str, Field(strict=True, pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    description: Text | None = None
+    parameters: dict[str, Any] | None = None
+
+    strict: Annotated[Any, Refused(False)] = None
+
+
+class ToolBody(Body):
+    """A tool; functions are the only ones."""
+
+    type: Literal["function"]
+    function: FunctionBody
+
+
+class CalledFunction(Body):
+    """Which function was called with what: ``arguments`` is JSON in a string."""
+
+    name: Text
+    arguments: Text
+
+
+class ToolCallBody(Body):
+    """A call that the assistant made in an earlier turn."""
+
+    id: Text
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+    index: Annotated[int, Field(strict=True, ge=0)] | None = None
+
+
+class ChatMessageBody(Body):
     """One turn; which roles exist is for the model's chat template to say."""
 
-    model_config = ConfigDict(extra="forbid")
+    role: Text
+    tool_calls: list[ToolCallBody] | None = None
+    tool_call_id: Text | None = None
+    content: Annotated[
+        str | None,
+        WithJsonSchema({"anyOf": [*TEXT_OR_PARTS_SCHEMA["anyOf"], {"type": "null"}]}),
+    ] = Field(default=None, validate_default=True)
 
-    role: StrictStr
-    content: Annotated[str, BeforeValidator(_content)]
+    name: Annotated[Any, Refused()] = None
+    refusal: Annotated[Any, Refused()] = None
+    annotations: Annotated[Any, Refused([])] = None
+    audio: Annotated[Any, Refused()] = None
+    function_call: Annotated[Any, Refused()] = None
 
-    name: Annotated[Any, _only()] = None
-    refusal: Annotated[Any, _only()] = None
-    annotations: Annotated[Any, _only([])] = None
-    audio: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only()] = None
-    tool_calls: Annotated[Any, _only([])] = None
-    tool_call_id: Annotated[Any, _only()] = None
+    @field_validator("content", mode="before")
+    @classmethod
+    def _read_content(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("tool_calls"):
+            return None
+        return text_of_parts(value)
+
+
+Messages = Annotated[list[ChatMessageBody], Field(min_length=1)]
+Tools = Annotated[list[ToolBody], BeforeValidator(lambda value: [] if value is None else value)]
 
 
 class ChatCompletionBody(GenerationBody):
     """Body of ``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[ChatMessageBody], Field(min_length=1)]
-    max_completion_tokens: _PositiveInt | None = None
-    max_tokens: _PositiveInt | None = None
+    messages: Messages
+    max_completion_tokens: PositiveInt | None = None
+    max_tokens: PositiveInt | None = None
+    logprobs: Flag = False
+    top_logprobs: Annotated[int, Integer(0, ge=0, le=MAX_LOGPROBS)] = 0
+    tools: Tools = []
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Flag | None = None
 
-    audio: Annotated[Any, _only()] = None
-    function_call: Annotated[Any, _only("none")] = None
-    functions: Annotated[Any, _only([])] = None
-    logprobs: Annotated[Any, _only(False)] = None
-    metadata: Annotated[Any, _only({})] = None
-    modalities: Annotated[Any, _only(["text"])] = None
-    parallel_tool_calls: Annotated[Any, _only(True, False)] = None
-    prediction: Annotated[Any, _only()] = None
-    reasoning_effort: Annotated[Any, _only()] = None
-    response_format: Annotated[Any, _only({"type": "text"})] = None
-    service_tier: Annotated[Any, _only("auto", "default")] = None
-    store: Annotated[Any, _only(False)] = None
-    tool_choice: Annotated[Any, _only("none", "auto")] = None
-    tools: Annotated[Any, _only([])] = None
-    top_logprobs: Annotated[Any, _only(0)] = None
-    verbosity: Annotated[Any, _only("medium")] = None
-    web_search_options: Annotated[Any, _only()] = None
+    audio: Annotated[Any, Refused()] = None
+    function_call: Annotated[Any, Refused("none")] = None
+    functions: Annotated[Any, Refused([])] = None
+    metadata: Annotated[Any, Refused({})] = None
+    modalities: Annotated[Any, Refused(["text"])] = None
+    prediction: Annotated[Any, Refused()] = None
+    reasoning_effort: Annotated[Any, Refused()] = None
+    response_format: Annotated[Any, Refused({"type": "text"})] = None
+    service_tier: Annotated[Any, Refused("auto", "default")] = None
+    store: Annotated[Any, Refused(False)] = None
+    verbosity: Annotated[Any, Refused("medium")] = None
+    web_search_options: Annotated[Any, Refused()] = None
 
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _refuse_choice(cls, value: Any) -> Any:
+        if value not in (None, "none", "auto"):
+            raise PydanticCustomError(
+                "unsupported_parameter", "only 'none' and 'auto' are implemented by this server"
+            )
+        return value
 
-class ModelCard(BaseModel):
-    """One entry of ``GET /v1/models``; ``max_model_len`` is vLLM's, in tokens."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str = "moecast"
-    max_model_len: int
-
-
-class ModelList(BaseModel):
-    """Answer of ``GET /v1/models``."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class Usage(BaseModel):
-    """Tokens read and written by one request, over all of its prompts and choices."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
+    @model_validator(mode="after")
+    def _check_pairs(self) -> "ChatCompletionBody":
+        if self.top_logprobs and not self.logprobs:
+            raise _at("top_logprobs", "only allowed with logprobs=true")
+        if self.tools and self.parallel_tool_calls is False:
+            raise _at("parallel_tool_calls", "false is not implemented by this server with tools")
+        return self
 
 
-class CompletionChoice(BaseModel):
-    """One answer of a completion, or a piece of one."""
-
-    index: int
-    text: str
-    logprobs: None = None
-    finish_reason: FinishReason | None
-
-
-class Completion(BaseModel):
-    """Answer of ``POST /v1/completions``; the chunks of a stream have the same form."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None
-
-
-class ChatMessage(BaseModel):
-    """The assistant's turn."""
-
-    role: Literal["assistant"] = "assistant"
-    content: str
-    refusal: None = None
-
-
-class ChatChoice(BaseModel):
-    """One answer of a chat completion."""
-
-    index: int
-    message: ChatMessage
-    logprobs: None = None
-    finish_reason: FinishReason
-
-
-class ChatCompletion(BaseModel):
-    """Answer of ``POST /v1/chat/completions``."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage
-
-
-class ChatChunkChoice(BaseModel):
-    """A piece of one answer; ``delta`` names the role in the first piece only."""
-
-    index: int
-    delta: dict[str, str]
-    logprobs: None = None
-    finish_reason: FinishReason | None
-
-
-class ChatChunk(BaseModel):
-    """One event of a streamed chat completion."""
-
-    id: str
-    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    choices: list[ChatChunkChoice]
-    usage: Usage | None
+def _at(param: str, message: str) -> PydanticCustomError:
+    """A complaint about how one parameter goes with another, reported as being at that one."""
+    return PydanticCustomError("wrong_combination", "{why}", {"param": param, "why": message})

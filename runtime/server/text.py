@@ -85,7 +85,7 @@ class StopStrings:
         if ends:
             self._held, self.found = "", True
             return text[: min(ends)]
-        num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
+        num_held = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - num_held :]
         return text[: len(text) - num_held]
 
@@ -145,7 +145,7 @@ def _stable_part(text: str) -> str:
     return text.rstrip(_REPLACEMENT)
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """Length of the longest end of ``text`` that is a beginning of ``stop`` (and not all of it)."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

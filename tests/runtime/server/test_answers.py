@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from runtime.server.answers import Answer, CompletionForm, EventStream, Inbox, whole_unless_gone
+from runtime.server.answers import Answer, EventStream, Inbox, whole_unless_gone
+from runtime.server.forms import CompletionForm
+from runtime.server.logprobs import LogprobTexts
 from runtime.server.protocol import StreamOptions
 from runtime.server.sequence import Failure, Generation, Piece
 from tests.runtime.server.fakes import request
@@ -13,13 +15,19 @@ from tests.runtime.server.fakes import request
 HEAD = {"id": "cmpl-1", "created": 0, "model": "m"}
 
 
-def answer(inbox: Inbox, *, num_sequences: int = 1) -> tuple[Answer, list[Generation]]:
+def answer(
+    inbox: Inbox, *, num_sequences: int = 1, include_usage: bool = True, **kwargs: Any
+) -> tuple[Answer, list[Generation]]:
     generations = [
         Generation(request(), index=i, max_tokens=9, sink=inbox.put, discard=lambda _: None)
         for i in range(num_sequences)
     ]
-    reply = Answer(generations, inbox, form=CompletionForm(), head=dict(HEAD), num_prompt_tokens=1)
-    return reply, generations
+    form = CompletionForm(
+        head=HEAD,
+        options=StreamOptions(include_usage=include_usage),
+        texts=LogprobTexts(tokenizer=None),
+    )
+    return Answer(generations, inbox, form=form, num_prompt_tokens=1, **kwargs), generations
 
 
 async def hung_up() -> Any:
@@ -35,7 +43,7 @@ def test_a_client_that_goes_before_the_first_event_is_noticed() -> None:
 
     async def send_to_nobody() -> list[Generation]:
         reply, generations = answer(Inbox())
-        stream = EventStream(reply, StreamOptions())
+        stream = EventStream(reply)
         await stream({"type": "http"}, hung_up, never)
         return generations
 
@@ -58,9 +66,7 @@ def test_one_failure_ends_the_answer_and_cancels_the_other_sequences() -> None:
         reply, generations = answer(inbox, num_sequences=3)
         inbox.put(Piece(0, 7, "a", "stop"))
         inbox.put(Failure(1, RuntimeError("no memory")))
-        return [
-            event async for event in reply.events(StreamOptions(include_usage=True))
-        ], generations
+        return [event async for event in reply.events()], generations
 
     events, generations = asyncio.run(fail_second())
     assert [("no memory" in event, "[DONE]" in event) for event in events] == [
@@ -82,9 +88,9 @@ def test_what_comes_after_the_loop_has_ended_is_dropped() -> None:
 def test_only_those_who_ask_see_the_usage(include_usage: bool) -> None:
     async def stream() -> list[str]:
         inbox = Inbox()
-        reply, _ = answer(inbox)
+        reply, _ = answer(inbox, include_usage=include_usage)
         inbox.put(Piece(0, 7, "a", "stop"))
-        return [event async for event in reply.events(StreamOptions(include_usage=include_usage))]
+        return [event async for event in reply.events()]
 
     events = asyncio.run(stream())
     assert len(events) == (3 if include_usage else 2)

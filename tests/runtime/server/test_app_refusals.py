@@ -14,11 +14,11 @@ from tests.runtime.server.fakes import (
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"logprobs": 3}, "logprobs", "unsupported_parameter"),
-        ({"frequency_penalty": 1}, "frequency_penalty", "unsupported_parameter"),
+        ({"best_of": 3}, "best_of", "unsupported_parameter"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "invalid_value"),
         ({"temprature": 1}, "temprature", "unknown_parameter"),
         ({"temperature": 3}, "temperature", "invalid_value"),
-        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "invalid_value"),
+        ({"stop": ["a"] * 17}, "stop", "invalid_value"),
         ({"prompt": {}}, "prompt", "invalid_value"),
         ({"prompt": []}, "prompt", "invalid_value"),
         ({"prompt": [4096]}, "prompt", "invalid_value"),
@@ -27,6 +27,10 @@ from tests.runtime.server.fakes import (
         ({"n": 100}, "prompt", "invalid_value"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "invalid_value"),
         ({"stream_options": {"x": 1}}, "stream_options.x", "unknown_parameter"),
+        ({"max_tokens": 0}, "max_tokens", "invalid_value"),
+        ({"min_tokens": 17}, "min_tokens", "invalid_value"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias", "invalid_value"),
+        ({"return_routed_experts": True, "stream": True}, "return_routed_experts", "invalid_value"),
     ],
     ids=str,
 )
@@ -111,6 +115,28 @@ def test_a_body_that_is_no_json_object_is_a_bad_request(tiny: TestClient, body: 
     error_of(reply)
 
 
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ('"prompt": "x", "temperature": NaN', "temperature"),
+        ('"prompt": "x", "temperature": 1e999', "temperature"),
+        ('"prompt": "x", "h\\ud800": 1', None),
+        ('"prompt": "\\ud800"', "prompt"),
+        ('"prompt": "x", "user": "\\udfff"', "user"),
+    ],
+)
+def test_what_json_can_spell_and_no_answer_can_hold_is_refused_by_name(
+    tiny: TestClient, body: str, param: str | None
+) -> None:
+    reply = tiny.post(
+        "/v1/completions",
+        content=f'{{"model": "{NAME}", {body}}}',
+        headers={"Content-Type": "application/json"},
+    )
+    assert reply.status_code == 400
+    assert error_of(reply)["param"] == param
+
+
 def test_malformed_json_is_told_where(tiny: TestClient) -> None:
     headers = {"Content-Type": "application/json"}
     reply = tiny.post("/v1/completions", content=b'{"model": ', headers=headers)
@@ -119,8 +145,8 @@ def test_malformed_json_is_told_where(tiny: TestClient) -> None:
 
 
 def test_unknown_paths_and_methods_get_the_error_form(tiny: TestClient) -> None:
-    missing, wrong = tiny.get("/v1/responses"), tiny.get("/v1/completions")
+    missing, wrong = tiny.get("/v1/embeddings"), tiny.get("/v1/completions")
     assert (missing.status_code, wrong.status_code) == (404, 405)
-    assert "/v1/responses" in error_of(missing)["message"]
+    assert "/v1/embeddings" in error_of(missing)["message"]
     assert wrong.headers["allow"] == "POST"
     error_of(wrong)

@@ -27,13 +27,10 @@ def refusal(kind: type[GenerationBody], body: dict[str, Any]) -> tuple[str, str]
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("frequency_penalty", 0.5),
-        ("presence_penalty", -1),
-        ("repetition_penalty", 1.1),
-        ("logit_bias", {"5": 1}),
-        ("min_tokens", 3),
-        ("min_p", 0.1),
         ("best_off", 1),
+        ("guided_json", {}),
+        ("prompt_logprobs", 1),
+        ("truncate_prompt_tokens", 5),
     ],
 )
 def test_a_parameter_without_implementation_is_refused_by_name(
@@ -43,7 +40,7 @@ def test_a_parameter_without_implementation_is_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("logprobs", 1), ("echo", True), ("suffix", "x"), ("best_of", 2)]
+    ("name", "value"), [("suffix", "x"), ("best_of", 2), ("best_of", True), ("suffix", 0)]
 )
 def test_a_completion_parameter_without_implementation_is_refused(name: str, value: Any) -> None:
     assert refusal(CompletionBody, {**COMPLETION, name: value})[0] == name
@@ -52,10 +49,8 @@ def test_a_completion_parameter_without_implementation_is_refused(name: str, val
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("logprobs", True),
-        ("top_logprobs", 2),
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("response_format", {"type": "json_object"}),
         ("store", True),
         ("reasoning_effort", "high"),
@@ -105,11 +100,22 @@ def test_null_stands_for_the_default(kind: type[GenerationBody], minimal: dict[s
         ("n", 0),
         ("n", 129),
         ("n", True),
-        ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("seed", 2**63),
         ("stream", "yes"),
-        ("stop", ["a"] * 5),
+        ("stop", ["a"] * 17),
+        ("frequency_penalty", 2.1),
+        ("presence_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 11),
+        ("min_p", 1.1),
+        ("min_tokens", -1),
+        ("top_k", -2),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": float("nan")}),
+        ("logit_bias", [5]),
         ("stop", ""),
         ("stop", [1]),
         ("model", 1),
@@ -191,6 +197,55 @@ def test_a_message_that_the_client_library_dumped_is_accepted() -> None:
     ChatCompletionBody.model_validate({"model": "m", "messages": [dumped]})
 
 
-def test_a_tool_call_in_a_message_is_refused_by_name() -> None:
-    message = {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}
-    assert refusal(ChatCompletionBody, {"model": "m", "messages": [message]})[0] == "tool_calls"
+def test_a_turn_may_be_nothing_but_tool_calls() -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    body = ChatCompletionBody.model_validate({"model": "m", "messages": [message]})
+    assert body.messages[0].content is None
+    broken = {**message, "content": "x", "tool_calls": [{"id": "1"}]}
+    assert refusal(ChatCompletionBody, {"model": "m", "messages": [broken]})[0] == "function"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (CompletionBody, {**COMPLETION, "max_tokens": 0}, "max_tokens"),
+        (CompletionBody, {**COMPLETION, "stream_options": {}}, "stream_options"),
+        (CompletionBody, {**COMPLETION, "return_routed_experts": True, "stream": True}, "return"),
+        (CompletionBody, {**COMPLETION, "return_routed_experts": True, "prompt": ["a", "b"]}, "1"),
+        (ChatCompletionBody, {**CHAT, "top_logprobs": 2}, "logprobs=true"),
+        (
+            ChatCompletionBody,
+            {
+                **CHAT,
+                "parallel_tool_calls": False,
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            "parallel_tool_calls",
+        ),
+    ],
+    ids=str,
+)
+def test_parameters_that_do_not_go_together_are_refused(
+    kind: type[GenerationBody], body: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        kind.model_validate(body)
+    (error,) = caught.value.errors()
+    assert error["type"] == "wrong_combination"
+    assert param in f"{error['ctx']}"
+
+
+@BOTH
+def test_the_openapi_schema_says_what_is_taken(
+    kind: type[GenerationBody], minimal: dict[str, Any]
+) -> None:
+    """Clients are generated from it, so it must tell every form and every refusal."""
+    properties = kind.model_json_schema()["properties"]
+    assert {"type": "string", "minLength": 1} in properties["stop"]["anyOf"]
+    assert properties["temperature"]["anyOf"] == [
+        {"type": "number", "minimum": 0, "maximum": 2},
+        {"type": "null"},
+    ]
+    refused = properties["best_of" if kind is CompletionBody else "store"]
+    assert refused["enum"] == [None, 1 if kind is CompletionBody else False]

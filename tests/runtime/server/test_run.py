@@ -131,8 +131,8 @@ def test_errors_become_the_clients_own_exceptions(client: openai.OpenAI) -> None
         client.completions.create(prompt="x " * 3000, **GREEDY)
     assert caught.value.code == "context_length_exceeded"
     with pytest.raises(openai.BadRequestError) as caught:
-        client.completions.create(prompt="x", logprobs=1, **GREEDY)
-    assert caught.value.param == "logprobs"
+        client.completions.create(prompt="x", best_of=2, **GREEDY)
+    assert caught.value.param == "best_of"
 
 
 def test_a_full_queue_is_the_clients_rate_limit_error(run: Run) -> None:

@@ -1,0 +1,125 @@
+"""The routes that generate: completions, chats, responses."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from runtime.server.forms import ChatForm, CompletionForm
+from runtime.server.front import Front
+from runtime.server.objects import ChatChunk, ChatCompletion, Completion
+from runtime.server.openapi import errors_of
+from runtime.server.prompts import chat_requests, completion_requests, tools_shown
+from runtime.server.protocol import ChatCompletionBody, CompletionBody, StreamOptions
+from runtime.server.responses import Response as ResponseObject
+from runtime.server.responses import ResponsesBody
+from runtime.server.responses_form import ResponsesForm, response_requests
+from runtime.server.sequence import GenerationRequest
+
+_ERRORS = errors_of(400, 404, 408, 413, 429, 500, 503)
+
+
+def generation_routes(front: Front) -> APIRouter:
+    """The routes that generate with ``front``."""
+    router = APIRouter()
+    tokenizer = front.engine.tokenizer
+
+    @router.post(
+        "/v1/completions",
+        response_model=None,
+        responses={200: _whole_or_stream(Completion), **_ERRORS},
+    )
+    async def completions(body: CompletionBody, request: Request) -> Response:
+        """Continue prompts."""
+
+        def make_form(sequences: list[GenerationRequest]) -> CompletionForm:
+            return CompletionForm(
+                head=front.head("cmpl-"),
+                options=body.stream_options or StreamOptions(),
+                texts=front.texts,
+                echoed=[_text_of(s, tokenizer) for s in sequences] if body.echo else None,
+                requests=sequences,
+                answers=body.max_tokens != 0,
+            )
+
+        return await front.answer(
+            request,
+            model=body.model,
+            prepare=lambda request_id: completion_requests(
+                body, tokenizer=tokenizer, request_id=request_id
+            ),
+            make_form=make_form,
+            stream=body.stream,
+            choices=body.n,
+            param="prompt",
+        )
+
+    @router.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses={200: _whole_or_stream(ChatCompletion, ChatChunk), **_ERRORS},
+    )
+    async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
+        """Answer a conversation."""
+
+        def make_form(_: list[GenerationRequest]) -> ChatForm:
+            return ChatForm(
+                head=front.head("chatcmpl-"),
+                options=body.stream_options or StreamOptions(),
+                texts=front.texts,
+                calls_tools=bool(tools_shown(body, tokenizer)),
+            )
+
+        return await front.answer(
+            request,
+            model=body.model,
+            prepare=lambda request_id: chat_requests(
+                body, tokenizer=tokenizer, request_id=request_id
+            ),
+            make_form=make_form,
+            stream=body.stream,
+            choices=body.n,
+            param="messages",
+        )
+
+    @router.post(
+        "/v1/responses",
+        response_model=None,
+        responses={200: _whole_or_stream(ResponseObject), **_ERRORS},
+    )
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        """Answer a conversation, in the form of the newer API; nothing is stored."""
+        head = front.head("resp_")
+        form = ResponsesForm(body, response_id=head["id"], created=head["created"])
+        return await front.answer(
+            request,
+            model=body.model,
+            prepare=lambda request_id: response_requests(
+                body, tokenizer=tokenizer, request_id=request_id
+            ),
+            make_form=lambda _: form,
+            stream=body.stream,
+            choices=1,
+            param="input",
+        )
+
+    return router
+
+
+def _text_of(sequence: GenerationRequest, tokenizer: Any) -> str:
+    """The prompt as a text; one of ids is decoded, special tokens left out as in answers."""
+    if sequence.prompt_text is not None:
+        return sequence.prompt_text
+    text: str = tokenizer.decode(
+        sequence.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return text
+
+
+def _whole_or_stream(whole: type, chunk: type | None = None) -> dict[str, Any]:
+    """How the OpenAPI page describes an answer."""
+    events = f"Server-sent events, each of them a {(chunk or whole).__name__}, with stream=true."
+    return {
+        "model": whole,
+        "description": f"The answer. {events}",
+        "content": {"text/event-stream": {"schema": {"type": "string", "description": events}}},
+    }
