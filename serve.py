@@ -4,29 +4,39 @@ python serve.py                                 # embedded model, newest artifac
 python serve.py model=Qwen/Qwen3-30B-A3B budget=12GiB artifact=outputs/artifacts/mine
 python serve.py policy=lru                      # no forecasts: the usual cache
 python serve.py serve.port=9000
+python serve.py serve.host=0.0.0.0 serve.api_key_file=keys.txt  # for other machines, with a key
+python serve.py --check                         # compare with the resident model, and exit
 """
 
 import logging
+import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig
 
 from conf import schema
-from conf.build import build, expand_shorthand, set_threads
+from conf.build import build, expand_shorthand, plain, set_threads
 from data.adapters import spec_of
 from data.errors import MoecastError
 from data.models import load_model
 from data.schema import MoESpec
 from predictors.artifact import load_artifact, read_manifest
+from predictors.base import Predictor
 from runtime.budget import parse_budget
-from runtime.engine import attach
+from runtime.check import CHECK_PROMPT, Recording, compare, format_check, record
+from runtime.engine import Offload, attach
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
-from runtime.server.run import serve
+from runtime.server.logs import use_format
+from runtime.server.options import Limits, ServerOptions
+from runtime.server.run import bind, serve
+from runtime.server.security import check_exposure, load_api_keys
 
 log = logging.getLogger("serve")
 
@@ -43,50 +53,97 @@ def newest_artifact(folder: Path, spec: MoESpec) -> Path | None:
     return None
 
 
-def run(cfg: DictConfig) -> None:
-    """Load, attach, serve until a signal, detach."""
-    set_threads(cfg.model)
-    model, tokenizer = load_model(cfg.model.id, dtype=cfg.model.dtype, revision=cfg.model.revision)
-    spec = spec_of(model, model_id=cfg.model.id)
+def server_options(cfg: DictConfig) -> ServerOptions:
+    """What the operator decided; ValueError where the server would be open to strangers."""
+    options = ServerOptions(
+        api_keys=load_api_keys(cfg.serve.api_key_file, os.environ),
+        open_metrics=cfg.serve.open_metrics,
+        limits=Limits(**plain(cfg.serve.limits)),
+    )
+    check_exposure(cfg.serve.host, options.api_keys)
+    return options
+
+
+def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | None]:
+    """The policy asked for with the artifact that it reads, or the fallback where there is none."""
     policy: Policy = build(cfg.policy)
-    predictor = None
-    if policy.foresight == "forecast":
-        folder = Path(cfg.paths.artifacts)
-        artifact = Path(cfg.artifact) if cfg.artifact else newest_artifact(folder, spec)
-        if artifact is None:
-            log.warning(
-                "no artifact for %s in %s: policy %s instead of %s; python train.py makes one",
-                spec.describe(),
-                folder,
-                FALLBACK_POLICY,
-                policy.name,
+    if policy.foresight != "forecast":
+        return policy, None
+    folder = Path(cfg.paths.artifacts)
+    artifact = Path(cfg.artifact) if cfg.artifact else newest_artifact(folder, spec)
+    if artifact is None:
+        log.warning(
+            "no artifact for %s in %s: policy %s instead of %s; python train.py makes one",
+            spec.describe(),
+            folder,
+            FALLBACK_POLICY,
+            policy.name,
+        )
+        return make_policy(FALLBACK_POLICY), None
+    predictor = load_artifact(artifact, expect=spec)
+    log.info("artifact %s: predictor %s", artifact, predictor.kind)
+    return policy, predictor
+
+
+def run(cfg: DictConfig) -> int:
+    """Load, attach, serve until a signal, detach; or check. Returns the exit status.
+
+    What can be wrong with the settings is found before the model is loaded, which takes minutes.
+    """
+    use_format(cfg.serve.log, logging.getLogger().handlers)
+    options = server_options(cfg)
+    with ExitStack() as stack:
+        reserved = None
+        if not cfg.check:
+            reserved = stack.enter_context(bind(cfg.serve.host, cfg.serve.port))
+        set_threads(cfg.model)
+        model, tokenizer = load_model(
+            cfg.model.id, dtype=cfg.model.dtype, revision=cfg.model.revision
+        )
+        spec = spec_of(model, model_id=cfg.model.id)
+        policy, predictor = choose_policy(cfg, spec)
+        resident = None
+        if reserved is None:
+            resident = record(model, tokenizer(CHECK_PROMPT).input_ids)
+        offload = stack.enter_context(
+            attach(
+                model,
+                policy=policy,
+                slots=parse_budget(cfg.budget, spec),
+                predictor=predictor,
+                store_dir=cfg.paths.expert_store,
             )
-            policy = make_policy(FALLBACK_POLICY)
-        else:
-            predictor = load_artifact(artifact, expect=spec)
-            log.info("artifact %s: predictor %s", artifact, predictor.kind)
-    with attach(
-        model,
-        policy=policy,
-        slots=parse_budget(cfg.budget, spec),
-        predictor=predictor,
-        store_dir=cfg.paths.expert_store,
-    ) as offload:
+        )
+        if resident is not None:
+            return check(model, offload, resident)
+        assert reserved is not None
         engine = GenerationEngine(
             model=model, tokenizer=tokenizer, offload=offload, max_queue=cfg.serve.max_queue
         )
-        app = create_app(engine, model_name=cfg.model.id)
-        serve(app, host=cfg.serve.host, port=cfg.serve.port, drain_s=cfg.serve.drain_s)
+        app = create_app(engine, model_name=cfg.model.id, options=options)
+        serve(app, reserved=reserved, drain_s=cfg.serve.drain_s)
+    return 0
+
+
+def check(model: Any, offload: Offload, resident: Recording) -> int:
+    """Compare the offloaded model with what it was when resident; the exit status."""
+    offload.begin_request(CHECK_PROMPT)
+    start = resident.num_prompt_tokens
+    prompt_ids, answer_ids = resident.token_ids[:start], resident.token_ids[start:]
+    result = compare(resident, record(model, prompt_ids, answer_ids=answer_ids))
+    print(format_check(result))
+    return 0 if result.passed else 1
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="serve")
 def main(cfg: DictConfig) -> None:
     """Entry point."""
     try:
-        run(cfg)
+        status = run(cfg)
     except (MoecastError, ValueError, FileNotFoundError) as error:
         log.debug("raised here:", exc_info=error)  # hydra.verbose=true shows it
         sys.exit(f"error: {error}")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 CONF_DIR = Path(__file__).resolve().parent
+# Options as other programs have them, and what they are here: Hydra takes no flags of ours.
+_FLAGS = {"--check": "check=true"}
 # What `model=` and `source=` mean when their value is no option of the group: the option to take,
 # and its key that receives the value.
 _SHORTHAND = {"model": ("pretrained", "id"), "source": ("trace", "path")}
@@ -51,9 +53,13 @@ def expand_shorthand(arguments: Sequence[str]) -> list[str]:
     ``model=Qwen/Qwen3-30B-A3B`` becomes ``model=pretrained model.id="Qwen/Qwen3-30B-A3B"``, and
     ``source=outputs/traces/mine`` becomes ``source=trace source.path="..."``. A value without a
     slash that names no existing file is left alone: if it is no option either, Hydra lists those.
+    The flag ``--check`` becomes ``check=true``.
     """
     expanded: list[str] = []
     for argument in arguments:
+        if argument in _FLAGS:
+            expanded.append(_FLAGS[argument])
+            continue
         group, _, value = argument.partition("=")
         is_option = (CONF_DIR / group / f"{value}.yaml").is_file()
         if group in _SHORTHAND and not is_option and ("/" in value or Path(value).exists()):

@@ -76,6 +76,7 @@ class ServeConfig:
     serve: Any = MISSING
     artifact: str | None = None
     budget: str = "25%"
+    check: bool = False
 
 
 def register() -> None:

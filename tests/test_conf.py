@@ -84,6 +84,7 @@ def test_path_in_place_of_an_option_means_the_general_option() -> None:
     ]
     assert build.expand_shorthand(["model=tiny_moe"]) == ["model=tiny_moe"]
     assert build.expand_shorthand(["model=typo"]) == ["model=typo"]
+    assert build.expand_shorthand(["--check", "--help"]) == ["check=true", "--help"]
     cfg = compose_root("train", *build.expand_shorthand(["model=a b/c=d"]))
     assert cfg.model.id == "a b/c=d"
 

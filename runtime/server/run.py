@@ -1,58 +1,86 @@
 """Running the application under uvicorn until a signal, and ending it without losing answers."""
 
-import ipaddress
+import errno
 import logging
+import socket
 
 import uvicorn
 from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
+_WHY = {
+    errno.EADDRINUSE: "another program listens there: stop it, or set serve.port to another port; "
+    "serve.port=0 takes a free one",
+    errno.EACCES: "this needs rights that the user has not: take a port of 1024 or above",
+    errno.EADDRNOTAVAIL: "this machine has no such address: set serve.host to one that it has",
+}
 
-def make_server(
-    app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, drain_s: int = 30
-) -> uvicorn.Server:
-    """A uvicorn server that is not running yet; see `serve` for the arguments."""
+
+def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
+    """Reserve an address, before a model is loaded for minutes only to find it taken.
+
+    Nobody can connect before `serve` listens on it.
+
+    Args:
+        host: Address or name of this machine.
+        port: 0 takes a free one.
+
+    Raises:
+        ValueError: The address cannot be had; the message says what to change.
+    """
     if not 0 <= port <= 65535:
         raise ValueError(f"port={port}: must be in 0..65535")
+    where = f"serve.host={host} serve.port={port}"
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{where}: no such host ({error}); 127.0.0.1 is this machine") from None
+    reserved = socket.socket(family, kind, protocol)
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        reserved.bind(address)
+    except OSError as error:
+        reserved.close()
+        why = _WHY.get(error.errno or 0, error.strerror)
+        raise ValueError(f"{where}: {why}") from None
+    return reserved
+
+
+def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
+    """A uvicorn server that is not running yet; see `serve` for the arguments."""
     if drain_s < 0:
         raise ValueError(f"drain_s={drain_s}: must be at least 0")
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
         lifespan="on",
         log_config=None,  # logging belongs to the entry point
+        access_log=False,  # `middleware.RequestLog` writes a better one
+        server_header=False,
         timeout_graceful_shutdown=drain_s,
     )
     return uvicorn.Server(config)
 
 
-def serve(app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, drain_s: int = 30) -> None:
+def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:
     """Serve ``app`` until SIGINT or SIGTERM; then finish what runs, within ``drain_s`` seconds.
 
     Args:
         app: From `create_app`.
-        host: Address to bind. There is no authentication: beyond loopback, anybody may ask.
-        port: Port to bind; 0 takes a free one.
+        reserved: From `bind`; closed at the end.
         drain_s: How long open requests may go on after the signal; then they are cut off.
 
     Raises:
         ValueError: An argument is out of range.
-        SystemExit: The address cannot be bound.
     """
-    server = make_server(app, host=host, port=port, drain_s=drain_s)
-    if not _is_loopback(host):
-        logger.warning("Serving on %s without authentication: whoever reaches it may use it", host)
-    logger.info("Serving on http://%s:%d", host, port)
+    server = make_server(app, drain_s=drain_s)
+    host, port = reserved.getsockname()[:2]
+    logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     try:
-        server.run()
+        server.run(sockets=[reserved])
     except KeyboardInterrupt:  # uvicorn raises SIGINT again after its clean end
         pass
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    finally:
+        reserved.close()

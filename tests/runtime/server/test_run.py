@@ -17,7 +17,8 @@ import pytest
 
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
-from runtime.server.run import make_server, serve
+from runtime.server.options import Limits, ServerOptions
+from runtime.server.run import bind, make_server, serve
 from tests.runtime.server.fakes import WAIT_S, ScriptedModel, wait_until
 
 NAME = "tiny"
@@ -32,15 +33,16 @@ def run(tokenizer: Any) -> Iterator[Run]:
 
         def run_server(model: Any, **kwargs: Any) -> tuple[str, GenerationEngine]:
             engine = GenerationEngine(model=model, tokenizer=tokenizer, **kwargs)
-            server = make_server(create_app(engine, model_name=NAME), port=0, drain_s=0)
-            thread = threading.Thread(target=server.run)
+            server = make_server(create_app(engine, model_name=NAME), drain_s=0)
+            reserved = stack.enter_context(closing(bind(port=0)))
+            thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})
             thread.start()
             stack.callback(thread.join)
             stack.callback(setattr, server, "should_exit", True)
             if isinstance(model, ScriptedModel):
                 stack.callback(model.let, 10_000)
             wait_until(lambda: server.started and engine.state == "ready")
-            host, port = server.servers[0].sockets[0].getsockname()
+            host, port = reserved.getsockname()
             return f"http://{host}:{port}", engine
 
         yield run_server
@@ -86,6 +88,39 @@ def test_a_chat_goes_on_with_what_was_answered(client: openai.OpenAI) -> None:
     messages += [first.model_dump(), {"role": "user", "content": "And now?"}]
     second = client.chat.completions.create(messages=messages, **GREEDY)
     assert second.choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_responses_of_the_client_are_streamed_and_whole(client: openai.OpenAI) -> None:
+    ask = {"model": NAME, "input": "Hello", "temperature": 0, "max_output_tokens": 8}
+    whole = client.responses.create(**ask)
+    assert whole.usage is not None
+    assert (whole.status, whole.usage.output_tokens) == ("incomplete", 8)
+    events = list(client.responses.create(**ask, stream=True))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == whole.output_text
+    assert events[-1].type == "response.incomplete"
+    assert events[-1].response.usage == whole.usage
+    with client.responses.stream(**ask) as stream:  # the client's own assembly of the events
+        for _ in stream:
+            pass
+    with pytest.raises(openai.BadRequestError, match="store"):
+        client.responses.create(**ask, store=True)
+
+
+def test_logprobs_are_what_the_client_expects(client: openai.OpenAI) -> None:
+    chat = client.chat.completions.create(
+        messages=[{"role": "user", "content": "Hello"}], logprobs=True, top_logprobs=2, **GREEDY
+    )
+    told = chat.choices[0].logprobs
+    assert told is not None
+    assert told.content is not None
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in told.content)
+    completion = client.completions.create(prompt="The weather", logprobs=2, echo=True, **GREEDY)
+    logprobs = completion.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert completion.usage is not None
+    assert len(logprobs.tokens) == completion.usage.total_tokens
 
 
 def test_streams_join_to_the_whole_and_end_with_the_usage(client: openai.OpenAI) -> None:
@@ -198,8 +233,8 @@ def test_a_signal_ends_the_server_after_the_running_answer(
     """uvicorn raises the signal again at its end: SIGTERM would end the tests, so it is caught."""
     model = ScriptedModel([20], permits=2)
     engine = GenerationEngine(model=model, tokenizer=tokenizer)
-    port = free_port()
-    address = f"http://127.0.0.1:{port}"
+    reserved = bind(port=0)
+    address = f"http://127.0.0.1:{reserved.getsockname()[1]}"
 
     def ask_and_stop() -> int:
         wait_until(lambda: is_healthy(address))
@@ -216,19 +251,12 @@ def test_a_signal_ends_the_server_after_the_running_answer(
     try:
         with ThreadPoolExecutor(1) as pool:
             num_chunks = pool.submit(ask_and_stop)
-            serve(create_app(engine, model_name=NAME), port=port)
+            serve(create_app(engine, model_name=NAME), reserved=reserved)
             assert num_chunks.result(WAIT_S) == 9
     finally:
         signal.signal(signal.SIGTERM, before)
     assert engine.state == "stopped"
     assert raised == [stop] * (stop == signal.SIGTERM)
-
-
-def free_port() -> int:
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def is_healthy(address: str) -> bool:
@@ -238,18 +266,58 @@ def is_healthy(address: str) -> bool:
         return False
 
 
-def test_a_port_in_use_ends_with_an_error(tokenizer: Any) -> None:
-    engine = GenerationEngine(model=ScriptedModel([20]), tokenizer=tokenizer)
-    app = create_app(engine, model_name=NAME)
+def test_a_port_in_use_is_said_with_what_to_change() -> None:
     with closing(socket.socket()) as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(SystemExit):
-            serve(app, port=other.getsockname()[1])
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"serve.port={port}: another program listens .*=0"):
+            bind(port=port)
 
 
-@pytest.mark.parametrize("wrong", [{"port": -1}, {"port": 70000}, {"drain_s": -1}], ids=str)
-def test_a_wrong_setting_is_named(tokenizer: Any, wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"port": -1}, "port=-1: must be in 0..65535"),
+        ({"port": 70000}, "port=70000"),
+        ({"host": "no.such.host.invalid"}, "no such host"),
+        ({"host": "203.0.113.1"}, "no such address"),
+    ],
+    ids=str,
+)
+def test_an_address_that_cannot_be_had_is_named(wrong: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        bind(**{"port": 0, **wrong})
+
+
+def test_nobody_connects_to_a_reserved_address_before_it_serves() -> None:
+    """A client that came while the model loads would hang; refused, it can try again."""
+    with closing(bind(port=0)) as reserved, closing(socket.socket()) as early:
+        with pytest.raises(ConnectionRefusedError):
+            early.connect(reserved.getsockname())
+
+
+def test_a_negative_drain_is_named(tokenizer: Any) -> None:
     engine = GenerationEngine(model=ScriptedModel([20]), tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        make_server(create_app(engine, model_name=NAME), **wrong)
+    with pytest.raises(ValueError, match="drain_s=-1"):
+        make_server(create_app(engine, model_name=NAME), drain_s=-1)
+
+
+def test_a_body_that_dribbles_in_is_cut_off_and_others_are_answered(tokenizer: Any) -> None:
+    engine = GenerationEngine(model=ScriptedModel([20]), tokenizer=tokenizer)
+    options = ServerOptions(limits=Limits(max_body_s=0.2))
+    server = make_server(create_app(engine, model_name=NAME, options=options), drain_s=0)
+    with closing(bind(port=0)) as reserved:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})
+        thread.start()
+        wait_until(lambda: server.started)
+        try:
+            with closing(socket.create_connection(reserved.getsockname(), WAIT_S)) as slow:
+                slow.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"
+                )
+                assert is_healthy(f"http://127.0.0.1:{reserved.getsockname()[1]}")
+                assert slow.recv(100).startswith(b"HTTP/1.1 408")
+        finally:
+            server.should_exit = True
+            thread.join()

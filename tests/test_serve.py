@@ -1,0 +1,109 @@
+"""The entry point: what is wrong with its settings is said before a model is loaded."""
+
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+
+import serve
+from conf import schema
+from data.errors import ModelNotFoundError
+from runtime.server.logs import JsonFormatter
+
+
+def settings(tmp_path: Path, *overrides: str) -> Any:
+    schema.register()
+    with initialize_config_module("conf", version_base="1.3"):
+        return compose("serve", overrides=[f"paths.root={tmp_path}", *overrides])
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOECAST_API_KEY", raising=False)
+
+
+@pytest.fixture
+def root_formatters() -> Iterator[None]:
+    handlers = logging.getLogger().handlers
+    before = [handler.formatter for handler in handlers]
+    yield
+    for handler, formatter in zip(handlers, before, strict=True):
+        handler.setFormatter(formatter)
+
+
+def test_the_check_passes_and_shows_its_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve.run(settings(tmp_path, "check=true", "policy=lru", "budget=25%")) == 0
+    out = capsys.readouterr().out
+    assert "layer 7" in out
+    assert out.endswith("check passed\n")
+
+
+def test_a_failed_check_is_a_failed_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def break_it(model: Any, **kwargs: Any) -> Any:
+        model.model.norm.weight.data.mul_(1.01)
+        return attach(model, **kwargs)
+
+    attach = serve.attach
+    monkeypatch.setattr(serve, "attach", break_it)
+    assert serve.run(settings(tmp_path, "check=true", "policy=lru")) == 1
+    assert capsys.readouterr().out.endswith("check FAILED\n")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        (["serve.host=0.0.0.0"], "there is no API key: set MOECAST_API_KEY"),
+        (["serve.api_key_file=/no/such/file"], "serve.api_key_file=/no/such/file: cannot be read"),
+        (["serve.port=70000"], "port=70000"),
+        (["serve.log=xml"], "serve.log=xml: must be one of text, json"),
+        (["serve.limits.max_requests=0"], "max_requests=0"),
+        (["serve.port=0", "model=pretrained", "model.id=/proc"], "holds no config.json"),
+        (["serve.port=0", "artifact=no/such/artifact", "policy=forecast"], "is no artifact"),
+    ],
+    ids=str,
+)
+def test_a_wrong_setting_is_said_with_what_to_change(
+    tmp_path: Path, overrides: list[str], complaint: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError, ModelNotFoundError), match=complaint):
+        serve.run(settings(tmp_path, *overrides))
+
+
+def test_a_taken_port_is_found_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_model(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(serve, "load_model", load_model)
+    with closing(socket.socket()) as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"serve.port={port}: another program"):
+            serve.run(settings(tmp_path, f"serve.port={port}"))
+
+
+@pytest.mark.usefixtures("root_formatters")
+def test_logs_are_json_if_wanted(tmp_path: Path) -> None:
+    serve.run(settings(tmp_path, "check=true", "policy=lru", "serve.log=json"))
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    assert all(isinstance(formatter, JsonFormatter) for formatter in formatters)
+
+
+def test_keys_of_the_environment_open_the_server_to_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOECAST_API_KEY", "abc")
+    options = serve.server_options(settings(tmp_path, "serve.host=0.0.0.0"))
+    assert options.api_keys == ("abc",)
+    assert options.limits.max_body_bytes == 4 * 2**20
