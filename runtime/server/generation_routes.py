@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from runtime.server.forms import ChatForm, CompletionForm
 from runtime.server.front import Front
-from runtime.server.objects import ChatChunk, ChatCompletion, Completion
+from runtime.server.objects import ChatCompletion, Completion
 from runtime.server.openapi import errors_of
 from runtime.server.prompts import chat_requests, completion_requests, tools_shown
 from runtime.server.protocol import ChatCompletionBody, CompletionBody, StreamOptions
@@ -26,7 +26,7 @@ def generation_routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/completions",
         response_model=None,
-        responses={200: _whole_or_stream(Completion), **_ERRORS},
+        responses={200: _whole_or_stream(Completion, "text_completion"), **_ERRORS},
     )
     async def completions(body: CompletionBody, request: Request) -> Response:
         """Continue prompts."""
@@ -56,7 +56,10 @@ def generation_routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         response_model=None,
-        responses={200: _whole_or_stream(ChatCompletion, ChatChunk), **_ERRORS},
+        responses={
+            200: _whole_or_stream(ChatCompletion, "chat.completion.chunk"),
+            **_ERRORS,
+        },
     )
     async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
         """Answer a conversation."""
@@ -84,7 +87,10 @@ def generation_routes(front: Front) -> APIRouter:
     @router.post(
         "/v1/responses",
         response_model=None,
-        responses={200: _whole_or_stream(ResponseObject), **_ERRORS},
+        responses={
+            200: _whole_or_stream(ResponseObject, "response event"),
+            **_ERRORS,
+        },
     )
     async def responses(body: ResponsesBody, request: Request) -> Response:
         """Answer a conversation, in the form of the newer API; nothing is stored."""
@@ -115,11 +121,17 @@ def _text_of(sequence: GenerationRequest, tokenizer: Any) -> str:
     return text
 
 
-def _whole_or_stream(whole: type, chunk: type | None = None) -> dict[str, Any]:
+def _whole_or_stream(whole: type, chunk: str) -> dict[str, Any]:
     """How the OpenAPI page describes an answer."""
-    events = f"Server-sent events, each of them a {(chunk or whole).__name__}, with stream=true."
+    events = f"With stream=true server-sent events, data of each being a {chunk}."
+    event = {
+        "type": "object",
+        "description": "One event.",
+        "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
+        "required": ["data"],
+    }
     return {
         "model": whole,
         "description": f"The answer. {events}",
-        "content": {"text/event-stream": {"schema": {"type": "string", "description": events}}},
+        "content": {"text/event-stream": {"schema": event}},
     }
