@@ -44,7 +44,8 @@ def create_app(
         # uvicorn has waited for open requests already, as long as it was told to.
         await run_in_threadpool(engine.shutdown)
 
-    app = FastAPI(title="moecast", version=version, lifespan=lifespan)
+    # No redirects: "/health/" is not "/health", and a Host header makes up no address.
+    app = FastAPI(title="moecast", version=version, lifespan=lifespan, redirect_slashes=False)
     errors.install(app)
     app.include_router(operation_routes(front, metrics, version=version))
     app.include_router(generation_routes(front))

@@ -115,7 +115,7 @@ class CompletionForm(_ChunkForm):
         head: See `_ChunkForm`.
         options: See `_ChunkForm`.
         texts: Writes tokens.
-        echoed: The sequences whose prompts come before the answers, by index; or None.
+        echoed: What was submitted, if prompts come before the answers; or None.
         answers: Whether the answer is shown at all: with ``max_tokens=0`` the engine's one token
             is not.
     """
@@ -126,14 +126,12 @@ class CompletionForm(_ChunkForm):
         head: Mapping[str, Any],
         options: StreamOptions,
         texts: LogprobTexts,
-        echoed: Sequence[str] | None = None,
-        requests: Sequence[GenerationRequest] = (),
+        echoed: Sequence[GenerationRequest] | None = None,
         answers: bool = True,
     ) -> None:
         super().__init__(head=head, options=options)
         self._texts = texts
         self._echoed = echoed
-        self._requests = requests
         self._answers = answers
         self._num_shown: dict[int, int] = {}  # characters of a choice's text, in a stream
 
@@ -195,11 +193,13 @@ class CompletionForm(_ChunkForm):
 
     def _echo(self, first: Piece) -> tuple[str, CompletionLogprobs | None]:
         assert self._echoed is not None
-        text = self._echoed[first.index]
+        request = self._echoed[first.index]
+        text = request.prompt_text
+        if text is None:
+            text = self._texts.text(request.prompt_ids)
         if first.prompt_logprobs is None:
             return text, None
-        ids = self._requests[first.index].prompt_ids
-        return text, self._texts.prompt(ids, first.prompt_logprobs, text=text)
+        return text, self._texts.prompt(request.prompt_ids, first.prompt_logprobs, text=text)
 
 
 class ChatForm(_ChunkForm):

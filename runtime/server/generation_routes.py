@@ -36,8 +36,7 @@ def generation_routes(front: Front) -> APIRouter:
                 head=front.head("cmpl-"),
                 options=body.stream_options or StreamOptions(),
                 texts=front.texts,
-                echoed=[_text_of(s, tokenizer) for s in sequences] if body.echo else None,
-                requests=sequences,
+                echoed=sequences if body.echo else None,
                 answers=body.max_tokens != 0,
             )
 
@@ -109,16 +108,6 @@ def generation_routes(front: Front) -> APIRouter:
         )
 
     return router
-
-
-def _text_of(sequence: GenerationRequest, tokenizer: Any) -> str:
-    """The prompt as a text; one of ids is decoded, special tokens left out as in answers."""
-    if sequence.prompt_text is not None:
-        return sequence.prompt_text
-    text: str = tokenizer.decode(
-        sequence.prompt_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return text
 
 
 def _whole_or_stream(whole: type, chunk: str) -> dict[str, Any]:

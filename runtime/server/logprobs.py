@@ -32,6 +32,13 @@ class LogprobTexts:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
 
+    def text(self, token_ids: Sequence[int]) -> str:
+        """A prompt of ids as text, special tokens left out as in answers."""
+        text: str = self._tokenizer.decode(
+            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
     def completion(
         self,
         told: Sequence[TokenLogprobs | None],
