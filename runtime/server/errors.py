@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output"})
 INVALID_REQUEST = "invalid_request_error"
 _CODES = {
     "missing": "missing_required_parameter",
@@ -106,7 +107,12 @@ def _from_validation(details: Mapping[str, Any]) -> APIError:
 
 
 def _path(location: Sequence[str | int]) -> str | None:
-    parts = [f"[{part}]" if isinstance(part, int) else f".{part}" for part in location]
+    """Where in the body; pydantic's name for the chosen kind of an item is no place in it."""
+    parts = [
+        f"[{part}]" if isinstance(part, int) else f".{part}"
+        for before, part in zip((None, *location), location, strict=False)
+        if not (isinstance(before, int) and part in _KINDS_OF_ITEMS)
+    ]
     return "".join(parts).removeprefix(".") or None
 
 

@@ -8,7 +8,7 @@ from runtime.server.forms import ChatForm, CompletionForm
 from runtime.server.front import Front
 from runtime.server.objects import ChatCompletion, Completion
 from runtime.server.openapi import errors_of
-from runtime.server.prompts import chat_requests, completion_requests, tools_shown
+from runtime.server.prompts import chat_requests, completion_requests
 from runtime.server.protocol import ChatCompletionBody, CompletionBody, StreamOptions
 from runtime.server.responses import Response as ResponseObject
 from runtime.server.responses import ResponsesBody
@@ -68,7 +68,7 @@ def generation_routes(front: Front) -> APIRouter:
                 head=front.head("chatcmpl-"),
                 options=body.stream_options or StreamOptions(),
                 texts=front.texts,
-                calls_tools=bool(tools_shown(body, tokenizer)),
+                calls_tools=bool(body.tools) and body.tool_choice != "none",
             )
 
         return await front.answer(

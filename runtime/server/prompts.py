@@ -65,7 +65,11 @@ def chat_requests(
     Raises:
         APIError: The model has no chat template, or the template refuses the conversation.
     """
-    text = render(body.messages, tokenizer=tokenizer, tools=tools_shown(body, tokenizer))
+    text = render(
+        body.messages,
+        tokenizer=tokenizer,
+        tools=tools_shown(body.tools, body.tool_choice, tokenizer),
+    )
     ids = encode(tokenizer, text, add_special_tokens=False)  # the template wrote them
     max_tokens = body.max_completion_tokens or body.max_tokens
     check_min_tokens(body.min_tokens, max_tokens, default=None)
@@ -132,15 +136,17 @@ def render(
     return text
 
 
-def tools_shown(body: ChatCompletionBody, tokenizer: Any) -> Sequence[ToolBody]:
+def tools_shown(
+    tools: Sequence[ToolBody], choice: str | None, tokenizer: Any
+) -> Sequence[ToolBody]:
     """The tools that the model is shown; APIError if its template knows none that we can read."""
-    if not body.tools or body.tool_choice == "none":
+    if not tools or choice == "none":
         return ()
     if obstacle := tool_obstacle(tokenizer):
         raise APIError(
             f"tools: not implemented: {obstacle}", param="tools", code="unsupported_parameter"
         )
-    return body.tools
+    return tools
 
 
 def sampling_of(

@@ -7,6 +7,7 @@ name, and so are tools other than functions. Knows nothing of tokenizers, models
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from runtime.server.fields import (
     INT32_MAX,
@@ -18,23 +19,38 @@ from runtime.server.fields import (
     Text,
     text_of_parts,
 )
-from runtime.server.protocol import Body
+from runtime.server.protocol import Body, FunctionBody
 
+_ITEMS = ("message", "function_call", "function_call_output")
 _PARTS = ("input_text", "output_text", "text")
 _PLAIN_TEXT = {"format": {"type": "text"}}
 
 
 def _input(value: Any) -> Any:
-    """A string is one message of the user."""
+    """A string is one message of the user, and an item without a type is a message."""
     if isinstance(value, str):
-        return [{"role": "user", "content": value}]
+        return [{"type": "message", "role": "user", "content": value}]
     if not isinstance(value, list) or not value:
-        raise ValueError("must be a string or a list of messages that is not empty")
+        raise ValueError("must be a string or a list of items that is not empty")
+    items = []
     for item in value:
         kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind != "message":
-            raise ValueError(f"an item of type {kind!r}: only 'message' items are implemented")
-    return value
+        if kind not in _ITEMS:
+            raise ValueError(f"an item of type {kind!r}: only {', '.join(_ITEMS)} are implemented")
+        items.append({**item, "type": kind})
+    return items
+
+
+def _tools(value: Any) -> Any:
+    for tool in value if isinstance(value, list) else []:
+        kind = tool.get("type") if isinstance(tool, dict) else None
+        if kind != "function":
+            raise PydanticCustomError(
+                "unsupported_parameter",
+                "a tool of type {kind}: not implemented by this server; only functions are",
+                {"kind": repr(kind)},
+            )
+    return [] if value is None else value
 
 
 class InputMessage(Body):
@@ -71,6 +87,33 @@ class InputMessage(Body):
     status: Literal["completed", "incomplete", "in_progress"] | None = None
 
 
+class InputCall(Body):
+    """A call that the model made earlier."""
+
+    type: Literal["function_call"]
+    call_id: Text
+    name: Text
+    arguments: Text
+    id: Text | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
+
+
+class InputCallOutput(Body):
+    """What a call gave."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Text
+    id: Text | None = None
+    status: Literal["completed", "incomplete", "in_progress"] | None = None
+
+
+class ResponseTool(FunctionBody):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+
+
 class ResponseStreamOptions(Body):
     """What a stream carries besides: nothing that is implemented."""
 
@@ -81,7 +124,10 @@ class ResponsesBody(Body):
     """Body of ``POST /v1/responses``; ``top_k`` and ``seed`` are extensions."""
 
     model: Text
-    input: Annotated[list[InputMessage], BeforeValidator(_input)]
+    input: Annotated[
+        list[Annotated[InputMessage | InputCall | InputCallOutput, Field(discriminator="type")]],
+        BeforeValidator(_input),
+    ]
     instructions: Text | None = None
     max_output_tokens: PositiveInt | None = None
     temperature: Annotated[float, Number(1.0, ge=0, le=2)] = 1.0
@@ -90,6 +136,9 @@ class ResponsesBody(Body):
     ignore_eos: Flag = False
     stream: Flag = False
     stream_options: ResponseStreamOptions | None = None
+    tools: Annotated[list[ResponseTool], BeforeValidator(_tools)] = []
+    tool_choice: Annotated[Any, Refused("none", "auto")] = None
+    parallel_tool_calls: Annotated[Any, Refused(True)] = None
     metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
     # These three, like `user`, change nothing of an answer.
     user: Text | None = None
@@ -100,15 +149,12 @@ class ResponsesBody(Body):
     conversation: Annotated[Any, Refused()] = None
     include: Annotated[Any, Refused([])] = None
     max_tool_calls: Annotated[Any, Refused()] = None
-    parallel_tool_calls: Annotated[Any, Refused(True, False)] = None
     previous_response_id: Annotated[Any, Refused()] = None
     prompt: Annotated[Any, Refused()] = None
     reasoning: Annotated[Any, Refused()] = None
     service_tier: Annotated[Any, Refused("auto", "default")] = None
     store: Annotated[Any, Refused(False)] = None
     text: Annotated[Any, Refused({}, _PLAIN_TEXT)] = None
-    tool_choice: Annotated[Any, Refused("none", "auto")] = None
-    tools: Annotated[Any, Refused([])] = None
     top_logprobs: Annotated[Any, Refused(0)] = None
     truncation: Annotated[Any, Refused("disabled")] = None
 
@@ -126,13 +172,24 @@ class OutputText(BaseModel):
 
 
 class OutputMessage(BaseModel):
-    """The one item of an answer's output."""
+    """A text in an answer's output."""
 
     type: Literal["message"] = "message"
     id: str
     role: Literal["assistant"] = "assistant"
     status: Status
     content: list[OutputText]
+
+
+class OutputCall(BaseModel):
+    """A call that the model asks for; ``arguments`` is JSON in a string."""
+
+    type: Literal["function_call"] = "function_call"
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    status: Status
 
 
 class InputDetails(BaseModel):
@@ -196,7 +253,7 @@ class Response(BaseModel):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputCall]
     parallel_tool_calls: bool = True
     previous_response_id: None = None
     reasoning: None = None
@@ -204,8 +261,8 @@ class Response(BaseModel):
     store: Literal[False] = False
     temperature: float
     text: TextSettings = TextSettings()
-    tool_choice: Literal["auto"] = "auto"
-    tools: list[Any] = []
+    tool_choice: Literal["none", "auto"] = "auto"
+    tools: list[dict[str, Any]] = []
     top_p: float
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None

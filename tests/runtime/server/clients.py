@@ -10,6 +10,14 @@ from tests.runtime.server.fakes import ScriptedModel
 
 NAME = "org/tiny"
 Serve = Callable[..., TestClient]
+TOOL_TEMPLATE = (
+    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}"
+    "Call with <tool_call> tags.{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}"
+    "{{ call.function.arguments.city }}</tool_call>{% endfor %};{% endfor %}"
+)
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
 
 
 def say(tokenizer: Any, text: str, **kwargs: Any) -> ScriptedModel:

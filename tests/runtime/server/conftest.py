@@ -1,5 +1,6 @@
 """The embedded model, loaded once for all tests of the server, and servers."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.tiny_moe import TINY_MOE_DIR
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
-from tests.runtime.server.clients import NAME, Serve
+from tests.runtime.server.clients import NAME, TOOL_TEMPLATE, Serve
 from tests.runtime.server.fakes import ScriptedModel, wait_until
 
 
@@ -24,6 +25,14 @@ def model() -> Any:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(TINY_MOE_DIR)
+
+
+@pytest.fixture
+def with_tools(tokenizer: Any) -> Any:
+    """The embedded model's tokenizer with a chat template that has tools."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TOOL_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture

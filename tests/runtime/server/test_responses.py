@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
-from tests.runtime.server.clients import NAME, Serve, chat, error_of, say
+from tests.runtime.server.clients import CALL, NAME, Serve, chat, error_of, say
 from tests.runtime.server.fakes import ScriptedModel
 
 
@@ -118,7 +118,11 @@ def test_instructions_and_messages_are_one_conversation(serve: Serve, tokenizer:
         ({"text": {"format": {"type": "json_object"}}}, "text"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
-        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [{"type": "function_call_output", "output": "x"}]}, "input[0].call_id"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"tools": [{"type": "function", "name": "f", "strict": True}]}, "tools[0].strict"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
         ({"input": []}, "input"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content"),
         ({"max_output_tokens": 4096}, "input"),
@@ -146,3 +150,69 @@ def test_what_would_change_nothing_is_accepted(tiny: TestClient) -> None:
         max_output_tokens=1,
     )
     assert reply.status_code == 200
+
+
+TOOL = {
+    "type": "function",
+    "name": "weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+
+
+def test_calls_are_items_of_their_own(serve: Serve, with_tools: Any) -> None:
+    client = serve(say(with_tools, f"Sure.\n{CALL}"), tokenizer=with_tools)
+    whole = respond(client, tools=[TOOL]).json()
+    text, call = whole["output"]
+    assert (text["type"], text["content"][0]["text"]) == ("message", "Sure.")
+    assert (call["type"], call["name"], call["status"]) == ("function_call", "weather", "completed")
+    assert json.loads(call["arguments"]) == {"city": "Köln"}
+    assert call["call_id"].startswith("call_")
+    assert [tool["name"] for tool in whole["tools"]] == ["weather"]
+
+    said = named_events(respond(client, tools=[TOOL], stream=True))
+    names = [name for name, _ in said if not name.endswith("output_text.delta")]
+    assert names == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.output_item.added",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    indices = [event["output_index"] for _, event in said if "output_index" in event]
+    assert indices == sorted(indices)
+    last = said[-1][1]["response"]["output"]
+    assert [item["type"] for item in last] == ["message", "function_call"]
+    assert last[1]["arguments"] == call["arguments"]
+
+
+def test_a_call_without_a_text_is_the_only_item(serve: Serve, with_tools: Any) -> None:
+    client = serve(say(with_tools, CALL), tokenizer=with_tools)
+    (call,) = respond(client, tools=[TOOL]).json()["output"]
+    assert call["type"] == "function_call"
+    (text,) = respond(client, tools=[TOOL], tool_choice="none").json()["output"]
+    assert text["content"][0]["text"] == CALL
+
+
+def test_a_conversation_goes_on_with_what_a_call_gave(serve: Serve, with_tools: Any) -> None:
+    client = serve(say(with_tools, CALL), tokenizer=with_tools)
+    first = respond(client, tools=[TOOL]).json()["output"][0]
+    given = {"type": "function_call_output", "call_id": first["call_id"], "output": "rain"}
+    turns = [{"role": "user", "content": "hi"}, first, given]
+    reply = respond(client, input=turns, tools=[TOOL]).json()
+    called = [{"id": "1", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}]
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": None, "tool_calls": called},
+        {"role": "tool", "tool_call_id": "1", "content": "rain"},
+    ]
+    as_chat_tool = {"type": "function", "function": {"name": "weather"}}
+    as_chat = {"messages": messages, "tools": [as_chat_tool]}
+    count = client.post("/tokenize", json=as_chat).json()["count"]
+    assert reply["usage"]["input_tokens"] == count

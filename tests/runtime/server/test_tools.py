@@ -1,6 +1,5 @@
 """Tool calls are found in the text, wherever the pieces end, and nothing of the text is lost."""
 
-import copy
 import json
 from typing import Any
 
@@ -9,15 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.server.tools import ToolCallReader, tool_obstacle
-from tests.runtime.server.clients import NAME, Serve, chat, error_of, events, say
-
-TEMPLATE = (
-    "{% if tools %}{% for tool in tools %}{{ tool.function.name }} {% endfor %}"
-    "Call with <tool_call> tags.{% endif %}"
-    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
-    "{% for call in m.tool_calls or [] %}<tool_call>{{ call.function.name }}"
-    "{{ call.function.arguments.city }}</tool_call>{% endfor %};{% endfor %}"
+from tests.runtime.server.clients import (
+    CALL,
+    NAME,
+    TOOL_TEMPLATE,
+    Serve,
+    chat,
+    error_of,
+    events,
+    say,
 )
+
 WEATHER = {
     "type": "function",
     "function": {
@@ -26,14 +27,6 @@ WEATHER = {
         "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
     },
 }
-CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-
-
-@pytest.fixture
-def with_tools(tokenizer: Any) -> Any:
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def read(pieces: list[str]) -> tuple[str, list[tuple[str, str]]]:
@@ -92,7 +85,7 @@ def test_the_obstacle_is_named(tokenizer: Any, with_tools: Any) -> None:
         (None, "no chat template"),
         ("{{ tools }}", "cannot read"),
         ("{{ tools }}<tool_call><function=x>", "cannot read"),
-        ({"default": "x", "tool_use": TEMPLATE}, "None"),
+        ({"default": "x", "tool_use": TOOL_TEMPLATE}, "None"),
         ("{% unknown_tag %} tools <tool_call>", "None"),
     ):
         with_tools.chat_template = template
