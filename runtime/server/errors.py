@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 _KINDS_OF_ITEMS = frozenset({"message", "function_call", "function_call_output"})
+_MAX_CHARACTERS = 2000
 INVALID_REQUEST = "invalid_request_error"
 _CODES = {
     "missing": "missing_required_parameter",
@@ -43,8 +44,7 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        # A client's text may hold half a surrogate pair, which no answer can.
-        message, param = _encodable(message), param and _encodable(param)
+        message, param = _presentable(message), param and _presentable(param)
         super().__init__(message)
         self.status = status
         self.headers = dict(headers or {})
@@ -116,5 +116,7 @@ def _path(location: Sequence[str | int]) -> str | None:
     return "".join(parts).removeprefix(".") or None
 
 
-def _encodable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+def _presentable(text: str) -> str:
+    """A client's own text within an answer: no lone surrogates, and not by the megabyte."""
+    text = text.encode(errors="backslashreplace").decode()
+    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."

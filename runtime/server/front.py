@@ -57,11 +57,6 @@ class Front:
         self._limits = limits
         self._num_open = 0
 
-    @property
-    def max_context_tokens(self) -> int:
-        """Prompt and answer together, as the model and the limits allow."""
-        return self.engine.max_context_tokens
-
     def check_model(self, model: str) -> None:
         """Refuse another model than the one that is served."""
         if model != self.model_name:

@@ -28,7 +28,7 @@ class Limits:
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     max_requests: int = 256
-    max_request_s: float | None = 600.0
+    max_request_s: float | None = 3600.0
 
     def __post_init__(self) -> None:
         """Check every field."""

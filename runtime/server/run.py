@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import signal
 import socket
 
 import uvicorn
@@ -67,6 +68,8 @@ def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
 def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:
     """Serve ``app`` until SIGINT or SIGTERM; then finish what runs, within ``drain_s`` seconds.
 
+    Call it on the main thread, which is where signals arrive; it returns, whatever the signal.
+
     Args:
         app: From `create_app`.
         reserved: From `bind`; closed at the end.
@@ -76,11 +79,16 @@ def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:
         ValueError: An argument is out of range.
     """
     server = make_server(app, drain_s=drain_s)
+    # uvicorn raises both signals again after its clean end. SIGTERM's default would then kill the
+    # process before anything behind us is undone, so it is heard and left at that.
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
     host, port = reserved.getsockname()[:2]
     logger.info("Serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     try:
         server.run(sockets=[reserved])
-    except KeyboardInterrupt:  # uvicorn raises SIGINT again after its clean end
+    except KeyboardInterrupt:
         pass
     finally:
+        signal.signal(signal.SIGTERM, before)
         reserved.close()
+    logger.info("Stopped")

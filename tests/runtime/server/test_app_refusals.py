@@ -137,6 +137,13 @@ def test_what_json_can_spell_and_no_answer_can_hold_is_refused_by_name(
     assert error_of(reply)["param"] == param
 
 
+def test_a_refusal_does_not_repeat_megabytes(tiny: TestClient) -> None:
+    for reply in (complete(tiny, model="m" * 10**6), complete(tiny, **{"p" * 10**6: 1})):
+        assert 400 <= reply.status_code < 500
+        assert len(reply.content) < 5_000
+        error_of(reply)
+
+
 def test_malformed_json_is_told_where(tiny: TestClient) -> None:
     headers = {"Content-Type": "application/json"}
     reply = tiny.post("/v1/completions", content=b'{"model": ', headers=headers)

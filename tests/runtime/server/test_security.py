@@ -92,6 +92,24 @@ def test_metrics_are_open_if_the_operator_says_so(guarded: Any) -> None:
     assert client.get("/v1/models").status_code == 401
 
 
+def test_a_key_is_compared_with_all_keys_and_in_constant_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = []
+
+    def compare_digest(given: bytes, known: bytes) -> bool:
+        compared.append(known)
+        return given == known
+
+    guard = Guard((KEY, OTHER), open_paths=())
+    monkeypatch.setattr("secrets.compare_digest", compare_digest)
+    for shown, passes in ((KEY, True), (OTHER, True), ("x", False)):
+        compared.clear()
+        refusal = guard.refusal("/v1/models", Headers({"authorization": f"Bearer {shown}"}))
+        assert (refusal is None) == passes
+        assert compared == [KEY.encode(), OTHER.encode()]
+
+
 def test_without_keys_everybody_is_answered() -> None:
     assert Guard((), open_paths=()).refusal("/v1/models", Headers({})) is None
 
