@@ -80,7 +80,13 @@ def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | N
             policy.name,
         )
         return make_policy(FALLBACK_POLICY), None
-    predictor = load_artifact(artifact, expect=spec)
+    try:
+        predictor = load_artifact(artifact, expect=spec)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"artifact={artifact}: {error}; give the folder of an exported predictor, null for the "
+            f"newest in {folder}, or policy=lru, which needs none"
+        ) from None
     log.info("artifact %s: predictor %s", artifact, predictor.kind)
     return policy, predictor
 

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import signal
 import socket
 import threading
@@ -157,6 +158,44 @@ def test_asynchronous_clients_are_all_answered(address: str) -> None:
     answers = asyncio.run(ask_all())
     assert answers[:3] == answers[3:]
     assert len(set(answers)) == 3
+
+
+def test_many_streams_with_hang_ups_are_neither_lost_nor_mixed_up(run: Run, model: Any) -> None:
+    """Each answer equals the one that was given alone, whoever hung up in between."""
+    address, engine = run(model)
+    rng = random.Random(0)
+    prompts = [f"{word} {number}" for number in range(10) for word in ("The", "def", "Dear", "1 +")]
+    with connect(address) as client:
+        alone = {
+            prompt: client.completions.create(prompt=prompt, **GREEDY).choices[0].text
+            for prompt in prompts
+        }
+    patience = {prompt: rng.choice([0, 1, 4, 99, 99]) for prompt in prompts}  # chunks until it goes
+
+    async def ask_all() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as client:
+
+            async def ask(prompt: str) -> str:
+                text = ""
+                async with await client.completions.create(
+                    prompt=prompt, stream=True, **GREEDY
+                ) as stream:
+                    for _ in range(patience[prompt]):
+                        try:
+                            text += (await anext(aiter(stream))).choices[0].text
+                        except StopAsyncIteration:
+                            break
+                return text
+
+            return await asyncio.gather(*map(ask, prompts))
+
+    for prompt, text in zip(prompts, asyncio.run(ask_all()), strict=True):
+        if patience[prompt] == 99:
+            assert text == alone[prompt]
+        else:
+            assert alone[prompt].startswith(text)
+    assert len(set(alone.values())) > len(prompts) / 2
+    wait_until(lambda: engine.num_running == engine.num_waiting == 0)
 
 
 def test_errors_become_the_clients_own_exceptions(client: openai.OpenAI) -> None:
