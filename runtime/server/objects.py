@@ -6,12 +6,13 @@ all others are always there, as clients expect. Knows nothing of how they are fi
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, SkipValidation
 
 Reason = Literal["stop", "length", "tool_calls"]
-# [T, L, K] as nested lists; pydantic would check every number of what we wrote ourselves.
+# [T, L, K] as nested lists. Not validated: a long prompt has a million numbers, all our own.
 RoutedExperts = Annotated[
-    list[list[list[int]]] | None, Field(default=None, exclude_if=lambda value: value is None)
+    SkipValidation[list[list[list[int]]] | None],
+    Field(default=None, exclude_if=lambda value: value is None),
 ]
 
 
