@@ -18,6 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from runtime.server.routing import TakeRouting, can_tell_routing, record_routing
-from runtime.server.sampling import Sampler, token_logprobs
+from runtime.server.sampling import Sampler, read_prompt
 from runtime.server.sequence import (
     ContextLengthError,
     EngineObserver,
@@ -283,10 +284,12 @@ class GenerationEngine:
         while not generation.cancelled:
             if self._state == "stopped":
                 raise EngineUnavailableError(self._why_unavailable())
-            # Only the prompt's pass may need the logits of more than its last token.
-            num_top = None if num_fed else request.prompt_logprobs
-            logits_TV = self._forward(ids_1T[:, num_fed:], cache, keep_all=num_top is not None)
-            logits_1V = logits_TV[-1:]
+            told = None
+            if request.prompt_logprobs is None or num_fed:
+                logits_1V = self._forward(ids_1T[:, num_fed:], cache)
+            else:
+                read = partial(self._forward, cache=cache, keep_all=True)
+                logits_1V, told = read_prompt(read, ids_1T, num_top=request.prompt_logprobs)
             next_11 = sampler(ids_1T, logits_1V)
             token_id = int(next_11)  # on a GPU the host waits for the token here
             self._observer.on_token(
@@ -298,9 +301,7 @@ class GenerationEngine:
                 token_id,
                 pieces,
                 logprobs=sampler.logprobs(token_id, logits_1V),
-                prompt_logprobs=None
-                if num_top is None
-                else token_logprobs(request.prompt_ids[1:], logits_TV[:-1], num_top=num_top),
+                prompt_logprobs=told,
                 routed_experts_TLK=routing(),
             )
             generation.sink(piece)

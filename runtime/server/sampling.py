@@ -3,7 +3,7 @@
 Knows nothing of requests, text or the model. Shape letters: T tokens; V is the vocabulary.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +24,7 @@ from transformers.generation.logits_process import (
 _GREEDY_TEMPERATURE = 1e-5
 # Rows of logits that become float32 at a time: a long prompt's would take gigabytes at once.
 _ROWS_AT_ONCE = 128
+_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,6 +135,31 @@ def token_logprobs(
             )
         ]
     return found
+
+
+def read_prompt(
+    read: Callable[[Tensor], Tensor], ids_1T: Tensor, *, num_top: int
+) -> tuple[Tensor, list[TokenLogprobs]]:
+    """Read a prompt and tell how probable its tokens are.
+
+    In pieces, because logits of all its tokens at once can be larger than the model: 32,000 tokens
+    of a vocabulary of 150,000 are 10 GB.
+
+    Args:
+        read: Feeds the next tokens to the model, int64 [1, T], and gives the logits after each
+            of them, [T, V].
+        ids_1T: The prompt.
+        num_top: How many of the most probable tokens to name.
+
+    Returns:
+        The logits after the last token, [1, V], and what the model thought of all but the first.
+    """
+    found: list[TokenLogprobs] = []
+    for start in range(0, ids_1T.shape[1], _TOKENS_AT_ONCE):
+        logits_TV = read(ids_1T[:, start : start + _TOKENS_AT_ONCE])
+        following = ids_1T[0, start + 1 : start + 1 + len(logits_TV)].tolist()
+        found += token_logprobs(following, logits_TV, num_top=num_top)
+    return logits_TV[-1:], found
 
 
 class AnswerPenalty(LogitsProcessor):  # type: ignore[misc]

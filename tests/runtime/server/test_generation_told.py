@@ -85,6 +85,31 @@ def test_prompt_and_answer_are_as_probable_as_one_forward_pass_says(
     assert all(piece.prompt_logprobs is None for piece in pieces[1:])
 
 
+def test_a_long_prompt_is_told_as_a_short_one_and_never_read_at_once(
+    engine: GenerationEngine, model: Any
+) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(10, 4000, (1100,)).tolist()
+    widths = []
+    hook = model.register_forward_hook(lambda *passed: widths.append(passed[2].logits.shape[1]))
+    try:
+        pieces = pieces_of(
+            engine, ids, max_tokens=2, sampling=GREEDY, prompt_logprobs=0, routed_experts=True
+        )
+    finally:
+        hook.remove()
+    assert widths == [512, 512, 76, 1]
+    with torch.no_grad():
+        logprobs_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    told = pieces[0].prompt_logprobs
+    assert told is not None
+    expected = [float(logprobs_TV[i, token]) for i, token in enumerate(ids[1:])]
+    assert [token.logprob for token in told] == pytest.approx(expected, abs=1e-3)
+    assert pieces[0].token_id == int(logprobs_TV[-1].argmax())
+    assert pieces[0].routed_experts_TLK is not None
+    assert len(pieces[0].routed_experts_TLK) == len(ids)
+
+
 def test_nothing_is_told_that_was_not_asked_for(engine: GenerationEngine) -> None:
     for piece in pieces_of(engine, [10, 11], max_tokens=2, sampling=GREEDY):
         assert piece.logprobs is None
