@@ -109,4 +109,4 @@ def test_keys_of_the_environment_open_the_server_to_others(
     monkeypatch.setenv("MOECAST_API_KEY", "abc")
     options = serve.server_options(settings(tmp_path, "serve.host=0.0.0.0"))
     assert options.api_keys == ("abc",)
-    assert options.limits.max_body_bytes == 4 * 2**20
+    assert options.limits.max_body_bytes == 2 * 2**20

@@ -8,7 +8,7 @@ from runtime.server.forms import ChatForm, CompletionForm
 from runtime.server.front import Front
 from runtime.server.objects import ChatCompletion, Completion
 from runtime.server.openapi import errors_of
-from runtime.server.prompts import chat_requests, completion_requests
+from runtime.server.prompts import chat_requests, completion_requests, longest_token
 from runtime.server.protocol import ChatCompletionBody, CompletionBody, StreamOptions
 from runtime.server.responses import Response as ResponseObject
 from runtime.server.responses import ResponsesBody
@@ -22,6 +22,7 @@ def generation_routes(front: Front) -> APIRouter:
     """The routes that generate with ``front``."""
     router = APIRouter()
     tokenizer = front.engine.tokenizer
+    max_characters = front.engine.max_context_tokens * longest_token(tokenizer)
 
     @router.post(
         "/v1/completions",
@@ -44,7 +45,7 @@ def generation_routes(front: Front) -> APIRouter:
             request,
             model=body.model,
             prepare=lambda request_id: completion_requests(
-                body, tokenizer=tokenizer, request_id=request_id
+                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
             ),
             make_form=make_form,
             stream=body.stream,
@@ -75,7 +76,7 @@ def generation_routes(front: Front) -> APIRouter:
             request,
             model=body.model,
             prepare=lambda request_id: chat_requests(
-                body, tokenizer=tokenizer, request_id=request_id
+                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
             ),
             make_form=make_form,
             stream=body.stream,
@@ -99,7 +100,7 @@ def generation_routes(front: Front) -> APIRouter:
             request,
             model=body.model,
             prepare=lambda request_id: response_requests(
-                body, tokenizer=tokenizer, request_id=request_id
+                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
             ),
             make_form=lambda _: form,
             stream=body.stream,

@@ -23,7 +23,7 @@ class Limits:
         ValueError: A limit allows nothing.
     """
 
-    max_body_bytes: int = 4 * 2**20
+    max_body_bytes: int = 2 * 2**20
     max_body_s: float = 30.0
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None

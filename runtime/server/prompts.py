@@ -27,11 +27,20 @@ _COMPLETION_MAX_TOKENS = 16
 
 
 def completion_requests(
-    body: CompletionBody, *, tokenizer: Any, request_id: str
+    body: CompletionBody, *, tokenizer: Any, request_id: str, max_characters: int
 ) -> list[GenerationRequest]:
     """``n`` sequences for each prompt, prompt by prompt, as OpenAI numbers its choices."""
     prompts: list[tuple[list[int], str | None]] = [
-        (encode(tokenizer, prompt, add_special_tokens=True), prompt)
+        (
+            encode(
+                tokenizer,
+                prompt,
+                add_special_tokens=True,
+                max_characters=max_characters,
+                param="prompt",
+            ),
+            prompt,
+        )
         if isinstance(prompt, str)
         else (prompt, None)
         for prompt in body.prompt
@@ -58,7 +67,7 @@ def completion_requests(
 
 
 def chat_requests(
-    body: ChatCompletionBody, *, tokenizer: Any, request_id: str
+    body: ChatCompletionBody, *, tokenizer: Any, request_id: str, max_characters: int
 ) -> list[GenerationRequest]:
     """``n`` sequences that answer the conversation.
 
@@ -70,7 +79,13 @@ def chat_requests(
         tokenizer=tokenizer,
         tools=tools_shown(body.tools, body.tool_choice, tokenizer),
     )
-    ids = encode(tokenizer, text, add_special_tokens=False)  # the template wrote them
+    ids = encode(
+        tokenizer,
+        text,
+        add_special_tokens=False,  # the template wrote them
+        max_characters=max_characters,
+        param="messages",
+    )
     max_tokens = body.max_completion_tokens or body.max_tokens
     check_min_tokens(body.min_tokens, max_tokens, default=None)
     return [
@@ -169,8 +184,35 @@ def sampling_of(
     )
 
 
-def encode(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
-    """The text's token ids."""
+def longest_token(tokenizer: Any) -> int:
+    """Characters of the longest token: a text of more than n times as many has over n tokens.
+
+    Byte-level tokens count bytes, which makes the bound looser and not wrong.
+    """
+    return max(map(len, tokenizer.get_vocab()))
+
+
+def encode(
+    tokenizer: Any,
+    text: str,
+    *,
+    add_special_tokens: bool,
+    max_characters: int | None = None,
+    param: str = "prompt",
+) -> list[int]:
+    """The text's token ids.
+
+    Raises:
+        APIError: The text has more than ``max_characters``: so many can be no prompt, and to find
+            out how many tokens they are would take seconds of a core for every such request.
+    """
+    if max_characters is not None and len(text) > max_characters:
+        raise APIError(
+            f"{param}: {len(text)} characters do not fit the model's context, which holds "
+            f"{max_characters} at most; /tokenize counts tokens",
+            param=param,
+            code="context_length_exceeded",
+        )
     # verbose=False: the engine checks the length and tells the client, the log needs no warning.
     ids: list[int] = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False).input_ids
     return ids

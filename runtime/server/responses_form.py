@@ -40,7 +40,7 @@ _Event = tuple[str, dict[str, Any]]
 
 
 def response_requests(
-    body: ResponsesBody, *, tokenizer: Any, request_id: str
+    body: ResponsesBody, *, tokenizer: Any, request_id: str, max_characters: int
 ) -> list[GenerationRequest]:
     """The one sequence that answers the input; instructions are its system message.
 
@@ -65,7 +65,13 @@ def response_requests(
     return [
         GenerationRequest(
             request_id=request_id,
-            prompt_ids=encode(tokenizer, text, add_special_tokens=False),
+            prompt_ids=encode(
+                tokenizer,
+                text,
+                add_special_tokens=False,
+                max_characters=max_characters,
+                param="input",
+            ),
             prompt_text=text,
             max_tokens=body.max_output_tokens,
             sampling=SamplingParams(temperature=body.temperature, top_p=body.top_p, seed=body.seed),

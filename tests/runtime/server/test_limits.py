@@ -61,6 +61,30 @@ def test_a_prompt_past_the_limit_is_told_both_numbers(limited: Any) -> None:
     assert complete(client, prompt=[10] * 5).status_code == 200
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    limited: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding two million characters takes seconds of a core, and many clients may send them."""
+    client = limited(ScriptedModel([20]))
+    longest = max(map(len, tokenizer.get_vocab()))
+    text = "x" * (256 * longest + 1)
+
+    def encode(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it was encoded")
+
+    monkeypatch.setattr(type(tokenizer), "__call__", encode)
+    as_input = client.post("/v1/responses", json={"model": NAME, "input": text})
+    for reply, param in (
+        (complete(client, prompt=text), "prompt"),
+        (chat(client, content=text), "messages"),
+        (as_input, "input"),
+    ):
+        assert reply.status_code == 400
+        error = error_of(reply)
+        assert (error["param"], error["code"]) == (param, "context_length_exceeded")
+        assert "characters do not fit" in error["message"]
+
+
 def test_an_answer_past_the_limit_is_refused_and_one_without_length_gets_it(limited: Any) -> None:
     client = limited(ScriptedModel([20]), max_new_tokens=4)
     reply = complete(client, max_tokens=5)
