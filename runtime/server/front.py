@@ -30,7 +30,7 @@ from runtime.server.sequence import (
 _RETRY_AFTER_S = 1
 _CLIENT_GONE = 499  # nginx's status for it; nobody receives it, but access logs show it
 
-Prepare = Callable[[str], list[GenerationRequest]]
+Prepare = Callable[..., list[GenerationRequest]]
 MakeForm = Callable[[list[GenerationRequest]], Form]
 
 
@@ -91,7 +91,7 @@ class Front:
         Args:
             request: The HTTP request.
             model: What it asks.
-            prepare: Makes the sequences, in a worker thread; gets the request's id.
+            prepare: Makes the sequences, in a worker thread; called with ``request_id``.
             make_form: Makes what writes them.
             stream: Whether as server-sent events.
             choices: How many sequences each prompt has.
@@ -101,7 +101,7 @@ class Front:
         self._take_place()
         closes_itself = False  # the answer gives the place back
         try:
-            sequences = await run_in_threadpool(prepare, request.state.request_id)
+            sequences = await run_in_threadpool(prepare, request_id=request.state.request_id)
             self._check(sequences, param=param)
             form = make_form(sequences)
             inbox = Inbox()

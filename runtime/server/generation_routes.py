@@ -1,5 +1,6 @@
 """The routes that generate: completions, chats, responses."""
 
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -22,7 +23,10 @@ def generation_routes(front: Front) -> APIRouter:
     """The routes that generate with ``front``."""
     router = APIRouter()
     tokenizer = front.engine.tokenizer
-    max_characters = front.engine.max_context_tokens * longest_token(tokenizer)
+    encoding: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "max_characters": front.engine.max_context_tokens * longest_token(tokenizer),
+    }
 
     @router.post(
         "/v1/completions",
@@ -44,9 +48,7 @@ def generation_routes(front: Front) -> APIRouter:
         return await front.answer(
             request,
             model=body.model,
-            prepare=lambda request_id: completion_requests(
-                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
-            ),
+            prepare=partial(completion_requests, body, **encoding),
             make_form=make_form,
             stream=body.stream,
             choices=body.n,
@@ -75,9 +77,7 @@ def generation_routes(front: Front) -> APIRouter:
         return await front.answer(
             request,
             model=body.model,
-            prepare=lambda request_id: chat_requests(
-                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
-            ),
+            prepare=partial(chat_requests, body, **encoding),
             make_form=make_form,
             stream=body.stream,
             choices=body.n,
@@ -99,9 +99,7 @@ def generation_routes(front: Front) -> APIRouter:
         return await front.answer(
             request,
             model=body.model,
-            prepare=lambda request_id: response_requests(
-                body, tokenizer=tokenizer, request_id=request_id, max_characters=max_characters
-            ),
+            prepare=partial(response_requests, body, **encoding),
             make_form=lambda _: form,
             stream=body.stream,
             choices=1,
