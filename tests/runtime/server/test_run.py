@@ -20,6 +20,7 @@ from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import Limits, ServerOptions
 from runtime.server.run import bind, make_server, serve
+from tests.runtime.server.clients import CALL, say
 from tests.runtime.server.fakes import WAIT_S, ScriptedModel, wait_until
 
 NAME = "tiny"
@@ -33,7 +34,7 @@ def run(tokenizer: Any) -> Iterator[Run]:
     with ExitStack() as stack:
 
         def run_server(model: Any, **kwargs: Any) -> tuple[str, GenerationEngine]:
-            engine = GenerationEngine(model=model, tokenizer=tokenizer, **kwargs)
+            engine = GenerationEngine(model=model, **{"tokenizer": tokenizer, **kwargs})
             server = make_server(create_app(engine, model_name=NAME), drain_s=0)
             reserved = stack.enter_context(closing(bind(port=0)))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})
@@ -106,6 +107,33 @@ def test_the_responses_of_the_client_are_streamed_and_whole(client: openai.OpenA
             pass
     with pytest.raises(openai.BadRequestError, match="store"):
         client.responses.create(**ask, store=True)
+
+
+def test_the_client_reads_tool_calls_of_chats_and_responses(run: Run, with_tools: Any) -> None:
+    address, _ = run(say(with_tools, f"Sure.\n{CALL}"), tokenizer=with_tools)
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}}
+    function = {"name": "weather", "parameters": parameters}
+    ask: dict[str, Any] = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Weather?"}],
+        "tools": [{"type": "function", "function": function}],
+    }
+    with connect(address) as client:
+        message = client.chat.completions.create(**ask).choices[0].message
+        assert message.tool_calls is not None
+        (called,) = message.tool_calls
+        assert json.loads(called.function.arguments) == {"city": "Köln"}
+        result = {"role": "tool", "tool_call_id": called.id, "content": "rain"}
+        ask["messages"] += [message.model_dump(), result]
+        with client.chat.completions.stream(**ask) as stream:  # the client's own assembly
+            final = stream.get_final_completion().choices[0]
+        assert final.finish_reason == "tool_calls"
+        assert final.message.tool_calls is not None
+        assert final.message.tool_calls[0].function.name == "weather"
+        tools: Any = [{"type": "function", **function}]
+        with client.responses.stream(model=NAME, input="Weather?", tools=tools) as events:
+            output = events.get_final_response().output
+        assert [item.type for item in output] == ["message", "function_call"]
 
 
 def test_logprobs_are_what_the_client_expects(client: openai.OpenAI) -> None:
