@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import KINDS, Activation
-from runtime.lane_mailbox import COUNTS, FOR_GOOD, LaneBooks, Mailbox
+from runtime.lane_mailbox import COUNTS, LaneBooks, Mailbox
 
 logger = logging.getLogger(__name__)
 
@@ -132,8 +133,7 @@ class CpuLane:
             "hidden": self.mailbox.hidden_TD,
             "answer": self.mailbox.answer_ND,
         }
-        self._tensors = tensors  # the threads read them
-        self._library = _compiled()
+        library = _compiled()
         self._config = _Config(
             hidden_size=layout.hidden_size,
             num_neurons=F,
@@ -146,9 +146,11 @@ class CpuLane:
             num_threads=self.num_threads,
             **{name: tensor.data_ptr() for name, tensor in tensors.items()},
         )
-        self._handle: int | None = self._library.cpu_lane_start(ctypes.byref(self._config))
-        if not self._handle:
+        handle = library.cpu_lane_start(ctypes.byref(self._config))
+        if not handle:
             raise LaneUnavailableError(f"{self.num_threads} threads could not be started")
+        # Threads read the tensors as long as they run: also where nobody has closed the lane.
+        self._stop = weakref.finalize(self, _stop, library, handle, tensors)
         self._told: set[str] = set()
 
     def ask(self, layer: int, jobs: Sequence[tuple[int, int]], ids_TK: Tensor) -> None:
@@ -210,15 +212,16 @@ class CpuLane:
     @property
     def is_on(self) -> bool:
         """Whether kernels ask it now; waits for the device."""
-        return self._handle is not None and not int(self.books.pause_1)
+        return self._stop.alive and not int(self.books.pause_1)
 
     def close(self) -> None:
         """Stop the threads; a request that comes later is not answered."""
-        handle, self._handle = self._handle, None
-        if handle:
-            self._library.cpu_lane_stop(handle)
-            if self.books.pause_1.device.type == "cpu":
-                self.books.pause_1.fill_(FOR_GOOD)
+        self._stop()
+
+
+def _stop(library: Any, handle: int, tensors: dict[str, Tensor]) -> None:
+    library.cpu_lane_stop(handle)
+    tensors.clear()
 
 
 def _compiled() -> Any:

@@ -1,5 +1,7 @@
 """The host's threads: exact sums for any parts of experts, the same bits each time, and no hang."""
 
+import gc
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -152,6 +154,18 @@ def test_a_lane_that_is_closed_does_not_answer(host: Host, monkeypatch: pytest.M
     with pytest.raises(LaneUnavailableError, match="do not answer within 0.05 s"):
         host.lane.ask(0, [(1, 0)], torch.tensor([[1, 2]]))
     host.lane.close()  # again does nothing
+
+
+def test_a_lane_that_nobody_closes_ends_its_threads() -> None:
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = threads()
+    host = Host(num_threads=3)
+    assert threads() == before + 3
+    del host
+    gc.collect()
+    assert threads() == before
 
 
 @pytest.mark.parametrize("changes", [{"dtype": torch.float32}, {"hidden_size": 40}])

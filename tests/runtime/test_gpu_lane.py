@@ -121,8 +121,7 @@ def test_threads_that_have_died_cost_one_wait_and_no_output(
 ) -> None:
     assert served.backend.lane is not None
     served.backend.lane.rates = replace(served.backend.lane.rates, max_looks=20)
-    served.backend.lane._lane._library.cpu_lane_stop(served.backend.lane._lane._handle)
-    served.backend.lane._lane._handle = None
+    served.backend.lane.close()
     alone = Served(False)
     for with_lane, without in zip(served.outputs(), alone.outputs(), strict=True):
         assert torch.equal(with_lane, without)
