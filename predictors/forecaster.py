@@ -55,8 +55,9 @@ class Forecaster(Predictor):
 
     Source: ours (DESIGN section 2 has the first try). What made it better on gpt-oss-20b
     (docs/log.md has the figures): copies of what followed earlier places of the same request that
-    ended in the same tokens, heavy dropout and weight decay, the age of an expert's last use, a
-    target that discounts the next use and not all uses, and the layers of the token at hand.
+    ended in the same tokens, or were routed alike; heavy dropout and weight decay; the age of an
+    expert's last use; a target that discounts the next use and not all uses; and the layers of the
+    token at hand.
 
     Deviation from the contract's `Forecast.forecast_LE`: it is the mean over ``discounts`` g of
     E[g^(d-1)], with d the distance to the expert's *next* use, not a sum over all its uses: that is
@@ -80,7 +81,7 @@ class Forecaster(Predictor):
         weight_decay: AdamW's, on matrices.
         dropout: Of inputs and hidden units; token embeddings have 0.3.
         token_capacity: At most so many tokens have an embedding, the most frequent ones.
-        max_fit_tokens: Memory bound, 23 bytes x L x E a token on the device that trains: of a
+        max_fit_tokens: Memory bound, 27 bytes x L x E a token on the device that trains: of a
             larger set, whole requests are left out, evenly spaced.
         seed: Of initialisation, order and dropout.
         trainer: Where to train (`fit.training`); not part of what is learned.

@@ -5,7 +5,7 @@ lie in buffers of fixed size that are updated in place: the window of tokens tha
 over is always `COPY_WINDOW` long, filled from the right, and its empty places match nothing.
 
 A window takes 4 x W x L x E bytes a row: 3 MiB for gpt-oss-20b, 24 MiB for Qwen3-30B-A3B. It is
-read once a token and never moved: its places are slots of a ring.
+read twice a token and never moved: its places are slots of a ring.
 
 Shape letters: B rows of a batch · N nets · L MoE layers · E experts per layer · K experts per
 token · T tokens of a prompt · R rows of a history · D averages · W tokens in the window ·
@@ -28,12 +28,14 @@ from predictors.token_history import (
     COPY_MAX_MATCH,
     COPY_WINDOW,
     DECAYS,
+    ECHO_SHARPNESS,
     NUM_PAST,
     NUM_ROWS,
     NUM_TOKENS_READ,
+    against_M1,
     as_age_row,
     as_rows,
-    copy_follow_PW,
+    copy_follow_MWW,
     copy_weights,
     first_past_RLE,
     top_k_map,
@@ -67,7 +69,7 @@ class ForecasterGraph(GraphPredictor):
     ids_BW: Tensor
     match_BW: Tensor
     uses_BWJ: Tensor
-    oldest_1: Tensor
+    slot_of_place_W: Tensor
     tokens_B3: Tensor
     later_LNBGE: Tensor
     used_LNBGE: Tensor
@@ -79,7 +81,8 @@ class ForecasterGraph(GraphPredictor):
     gain_NLGE: Tensor
     share_G: Tensor
     weights_MN: Tensor
-    follow_WW: Tensor
+    follow_MWW: Tensor
+    against_M1: Tensor
     places_W: Tensor
     token_ids_V: Tensor
     said_N: Tensor
@@ -118,7 +121,7 @@ class ForecasterGraph(GraphPredictor):
         buffer("ids_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("match_BW", torch.zeros(B, W, dtype=torch.int64))
         buffer("uses_BWJ", torch.zeros(B, W, L * E))
-        buffer("oldest_1", torch.zeros(1, dtype=torch.int64))  # place 0's slot of the ring
+        buffer("slot_of_place_W", torch.arange(W))  # of the ring
         buffer("tokens_B3", torch.zeros(B, NUM_TOKENS_READ, dtype=torch.int64))
         # What nets said of *later* before the token at hand: log odds if it does not use an expert,
         # what is added if it does, and what each layer is given by those before it.
@@ -137,7 +140,8 @@ class ForecasterGraph(GraphPredictor):
         buffer("first_past_RLE", first_past_RLE(popularity_LE))
         buffer("share_G", torch.tensor(discounts) / (G * N * B))  # of one answer in the mean
         buffer("weights_MN", copy_weights(torch.arange(COPY_MAX_MATCH + 1)))
-        buffer("follow_WW", copy_follow_PW(torch.arange(W), W))
+        buffer("follow_MWW", copy_follow_MWW(W))
+        buffer("against_M1", against_M1())
         buffer("places_W", torch.arange(W))
         buffer("token_ids_V", torch.cat([token_ids_V, token_ids_V.new_tensor([_NEVER])]))
         buffer("said_N", calibration.said_N)
@@ -166,8 +170,9 @@ class ForecasterGraph(GraphPredictor):
         self.rows_BRLE.zero_()
         self.rows_BRLE[:, :NUM_PAST] = as_rows(self.first_past_RLE)
         self.age_BLE.copy_(self.first_past_RLE[-1].expand_as(self.age_BLE))
-        for buffer in (self.match_BW, self.uses_BWJ, self.oldest_1):
+        for buffer in (self.match_BW, self.uses_BWJ):
             buffer.zero_()
+        self.slot_of_place_W.copy_(self.places_W)
         self.ids_BW.fill_(_EMPTY)
         self.tokens_B3.fill_(self._num_known)
         self._say()
@@ -185,8 +190,8 @@ class ForecasterGraph(GraphPredictor):
         self.age_BLE.add_(1).mul_(1 - use_BLE)
         rows_BRLE[:, AGE_ROW] = as_age_row(self.age_BLE)
         self.ids_BW.copy_(torch.cat([self.ids_BW[:, 1:], token_ids_B[:, None]], 1))
-        self.uses_BWJ.index_copy_(1, self.oldest_1, use_BLE.flatten(1)[:, None])
-        self.oldest_1.add_(1).remainder_(COPY_WINDOW)
+        self.uses_BWJ.index_copy_(1, self.slot_of_place_W[:1], use_BLE.flatten(1)[:, None])
+        self.slot_of_place_W.add_(1).remainder_(COPY_WINDOW)
         # A place moves left as its predecessor was: match_BW needs no roll.
         same_BW = self.ids_BW == self._sought(next_token_ids_B)[:, None]
         self.match_BW.add_(1).clamp_(max=COPY_MAX_MATCH).mul_(same_BW)
@@ -308,11 +313,16 @@ class ForecasterGraph(GraphPredictor):
 
     def _copy(self) -> None:
         """`token_history` on copies, over the whole window at once."""
-        weights_MBW = self.weights_MN[:, self.match_BW]
+        place_of_slot_W = (self.places_W - self.slot_of_place_W[:1]).remainder_(COPY_WINDOW)
+        # An empty place shares nothing, so that it counts for nothing.
+        last_BJ1 = self.rows_BRLE[:, 1].flatten(1)[..., None]
+        sharp = ECHO_SHARPNESS / (self._top_k * len(self.next_LE))
+        shared_BW1 = torch.baddbmm(last_BJ1[:, :1], self.uses_BWJ, last_BJ1, beta=0, alpha=sharp)
+        echo_BW = shared_BW1[..., 0].expm1_().index_select(1, self.slot_of_place_W)
+        weights_MBW = torch.cat([self.weights_MN[:, self.match_BW], echo_BW.expand(2, -1, -1)])
         # The last place has no successor yet: nothing follows it, and it does not count.
-        total_MB = 1 + weights_MBW[..., :-1].sum(-1)
-        place_of_slot_W = (self.places_W - self.oldest_1).remainder_(COPY_WINDOW)
-        spread_MBW = (weights_MBW @ self.follow_WW).index_select(2, place_of_slot_W)
+        total_MB = self.against_M1 + weights_MBW[..., :-1].sum(-1)
+        spread_MBW = (weights_MBW @ self.follow_MWW).index_select(2, place_of_slot_W)
         copies_BMJ = torch.bmm(spread_MBW.transpose(0, 1), self.uses_BWJ)
         copies_BMLE = self.rows_BRLE[:, NUM_PAST:]
         torch.div(copies_BMJ.view(copies_BMLE.shape), total_MB.T[..., None, None], out=copies_BMLE)

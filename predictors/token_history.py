@@ -10,16 +10,24 @@ Before each token there are `NUM_ROWS` numbers for every (layer, expert), in row
     6     `_AGE_SCALE` * log(1 + tokens since the last use)
     7-8   copies: the use that followed earlier places of this request which ended in the same
           tokens as it does now, at least one and at least two of them
+    9-10  echoes: the use that followed earlier places of this request which were routed as the last
+          token was, from there on and of the very next token
 
-Rows 0 to 6 are the *past*, and change when a token is routed. Rows 7 and 8 are the *copies*, and
-change when the next token's id becomes known; without ids they are 0. Text repeats itself, and a
-phrase that comes back routes much as it did: with t the place at hand and j < t a place whose last
-``n`` tokens are the same, the copy is
+Rows 0 to 6 are the *past*, and change when a token is routed. Rows 7 to 10 are the *copies*, and
+change when the next token is about to be routed; without its id 7 and 8 are 0. Text repeats itself,
+and a phrase that comes back routes much as it did: with t the place at hand and j < t a place whose
+last ``n`` tokens are the same, the copy is
 
     sum over j, i of w_j * (1 - g) * g^(i-j-1) * use_i / (1 + sum of w_j),   j < i < t,
 
-with w_j = `_COPY_BASE` ** min(n, `COPY_MAX_MATCH`). This is attention with fixed weights; nothing
-here is learned, and nothing looks past the token whose id is known.
+with w_j = `_COPY_BASE` ** min(n, `COPY_MAX_MATCH`). An echo needs no ids: with s_j the share of the
+last token's experts, of all layers, that token j used too,
+
+    w_j = exp(`ECHO_SHARPNESS` * s_j) - 1,
+
+and exp(`ECHO_SHARPNESS` * `_ECHO_LIKE`) stands in for the 1 below. Row 9 is the sum above; row 10
+is that of its terms i = j + 1 alone, without (1 - g). All this is attention with fixed weights;
+nothing is learned here, and nothing looks past the token whose id is known.
 
 `History` goes along with a request, token by token or a prompt at once, and is what serving runs;
 `histories_of` computes the rows before every token of a trace at once, on any device, and says the
@@ -30,6 +38,7 @@ N = T + 1 places before and after them · S tokens of a block · R rows · D ave
 W tokens in the window · P of them with weight · B tokens whose copies are computed at once.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -46,13 +55,16 @@ USE_ROW: Final = 1
 AVERAGE_ROWS: Final = slice(2, 2 + len(DECAYS))
 AGE_ROW: Final = NUM_PAST - 1
 COPY_MIN_MATCH: Final = (1, 2)
-NUM_ROWS: Final = NUM_PAST + len(COPY_MIN_MATCH)
+NUM_COPIES: Final = len(COPY_MIN_MATCH) + 2  # and two echoes
+NUM_ROWS: Final = NUM_PAST + NUM_COPIES
 COPY_WINDOW: Final = 1024
 COPY_MAX_MATCH: Final = 5
+COPY_DISCOUNT: Final = 0.9
+ECHO_SHARPNESS: Final = 20.0
 NUM_TOKENS_READ: Final = 3  # the next token's id, the last one's and the one's before
 
-_COPY_DISCOUNT: Final = 0.9
 _COPY_BASE: Final = 4.0
+_ECHO_LIKE: Final = 0.6  # where a place counts as much as all that is not alike
 _FIRST_AGE: Final = 60.0  # of an expert that this request has not used yet
 _AGE_SCALE: Final = 0.25  # brings a row's values to about 1, as the others' are
 _BLOCK: Final = 512  # tokens whose copies are computed at once
@@ -106,8 +118,7 @@ class History:
     def __init__(self, popularity_LE: Tensor, top_k: int) -> None:
         self._top_k = top_k
         self._past_RLE = first_past_RLE(popularity_LE)
-        self._no_copies = torch.zeros(len(COPY_MIN_MATCH), *popularity_LE.shape)
-        self._copies_RLE = self._no_copies
+        self._copies_RLE = torch.zeros(NUM_COPIES, *popularity_LE.shape)
         self._uses_WJ = torch.zeros(0, popularity_LE.numel(), dtype=torch.bool)
         self._ids_W = torch.zeros(0, dtype=torch.int64)
         self._match_W = torch.zeros(0, dtype=torch.int64)
@@ -154,11 +165,9 @@ class History:
                 match_W = torch.where(ids_W[: len(before_W)] == sought, before_W + 1, 0)
         self._ids_W, self._match_W = ids_W[-COPY_WINDOW:], match_W[-COPY_WINDOW:]
         self._uses_WJ = uses_WJ[-COPY_WINDOW:]
-        self._copies_RLE = self._no_copies
-        if self._match_W.any():
-            weights_MW = copy_weights(self._match_W)
-            copied_MJ = _attend(weights_MW[:, None], self._uses_WJ)[:, 0]
-            self._copies_RLE = copied_MJ.view_as(self._no_copies)
+        all_1W = torch.ones(1, len(self._ids_W), dtype=torch.bool)
+        copies_M1J = _copies_MBJ(self._match_W[None], self._uses_WJ[-1:], self._uses_WJ, all_1W)
+        self._copies_RLE = copies_M1J.view_as(self._copies_RLE)
 
 
 def _past_after_RLE(past_RLE: Tensor, map_LE: Tensor, use_TLE: Tensor) -> Tensor:
@@ -178,13 +187,13 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
     """All of a trace's histories at once.
 
     Args:
-        trace: Any; without token ids its copies are 0.
+        trace: Any; without token ids it has echoes only.
         popularity_LE: float32, on the device where to compute.
         top_k: K.
 
     Returns:
         The past before each row, and after the last one, as rows: float32 [T + 1, NUM_PAST, L, E];
-        and the copies before each row: float32 [T, len(COPY_MIN_MATCH), L, E].
+        and the copies before each row: float32 [T, NUM_COPIES, L, E].
 
     Raises:
         MoecastError: A recorded probability is NaN or infinite.
@@ -197,27 +206,26 @@ def histories_of(trace: Trace, popularity_LE: Tensor, top_k: int) -> tuple[Tenso
     past_NRLE = torch.zeros(trace.num_tokens + 1, NUM_PAST, L, E, device=device)
     past_NRLE[1:, 0], past_NRLE[1:, 1] = map_TLE, use_TLE
     past_NRLE[0, 2:-1] = popularity_LE
-    _average(past_NRLE[:, 2:-1].flatten(2), use_TLE.flatten(1))
+    _average(past_NRLE[:, 2:-1].flatten(2), use_TLE.flatten(1), DECAYS)
     # Rows are numbered from 1 for the first token, so that 0 is "not used yet".
     row_N11 = torch.arange(trace.num_tokens + 1, device=device)[:, None, None]
     last_NLE = (row_N11 * past_NRLE[:, 1].bool()).cummax(0).values
     age_NLE = torch.where(last_NLE > 0, row_N11 - last_NLE, row_N11 + _FIRST_AGE)
     past_NRLE[:, -1] = _AGE_SCALE * age_NLE.float().log1p()
-    copies_TMLE = torch.zeros(trace.num_tokens, len(COPY_MIN_MATCH), L, E, device=device)
-    if trace.token_ids_P is not None and trace.num_tokens > 1:
+    ids_T = torch.full((trace.num_tokens,), -1)
+    if trace.token_ids_P is not None:
         first = trace.first_routed_position
         ids_T = torch.from_numpy(
             trace.token_ids_P[first : first + trace.num_tokens].astype(np.int64)
         )
-        copies_TMJ = _copies_TMJ(ids_T.to(device), use_TLE.flatten(1) > 0)
-        copies_TMLE = copies_TMJ.view_as(copies_TMLE)
-    return past_NRLE, copies_TMLE
+    copies_TMJ = _all_copies_TMJ(ids_T.to(device), use_TLE.flatten(1) > 0)
+    return past_NRLE, copies_TMJ.view(trace.num_tokens, NUM_COPIES, L, E)
 
 
-def _average(averages_NDJ: Tensor, use_TJ: Tensor) -> None:
+def _average(averages_NDJ: Tensor, use_TJ: Tensor, decays: Sequence[float]) -> None:
     """Fill in the averages after each token; row 0 is given."""
     step_S = torch.arange(_SCAN, device=use_TJ.device)
-    decays_D11 = _DECAYS_D11.to(use_TJ.device)
+    decays_D11 = torch.tensor(decays, device=use_TJ.device)[:, None, None]
     ago_SS = step_S[:, None] - step_S
     weights_DSS = (1 - decays_D11) * decays_D11 ** ago_SS.clamp(min=0) * (ago_SS >= 0)
     kept_SD1 = (decays_D11 ** (step_S + 1)[:, None]).transpose(0, 1)
@@ -245,10 +253,10 @@ def tokens_read_N3(trace: Trace, token_rows: dict[int, int]) -> Tensor:
     return torch.from_numpy(rows_N3)
 
 
-def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
+def _all_copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
     """Copies before every token but the first, whose id nobody tells in time."""
     num_tokens, device = len(ids_T), ids_T.device
-    copies_TMJ = torch.zeros(num_tokens, len(COPY_MIN_MATCH), uses_TJ.shape[1], device=device)
+    copies_TMJ = torch.zeros(num_tokens, NUM_COPIES, uses_TJ.shape[1], device=device)
     for start in range(1, num_tokens, _BLOCK):
         stop = min(start + _BLOCK, num_tokens)
         low = max(0, start - COPY_WINDOW)
@@ -256,14 +264,15 @@ def _copies_TMJ(ids_T: Tensor, uses_TJ: Tensor) -> Tensor:
         place_W = torch.arange(low, stop, device=device)
         routed_BW = (place_W < now_B1) & (place_W >= now_B1 - COPY_WINDOW)
         match_BW = torch.zeros(routed_BW.shape, dtype=torch.int64, device=device)
-        same_BW = routed_BW
+        same_BW = routed_BW & (ids_T[now_B1] >= 0)
         for back in range(COPY_MAX_MATCH):  # one more token back, as long as all after it agree
             same_BW = same_BW & (place_W >= back)
             same_BW &= ids_T[(now_B1 - back).clamp(min=0)] == ids_T[(place_W - back).clamp(min=0)]
             match_BW += same_BW
-        copies_TMJ[start:stop] = _attend(
-            copy_weights(match_BW), uses_TJ[low:stop], until=routed_BW
-        ).transpose(0, 1)
+        copies_MBJ = _copies_MBJ(
+            match_BW, uses_TJ[start - 1 : stop - 1], uses_TJ[low:stop], routed_BW
+        )
+        copies_TMJ[start:stop] = copies_MBJ.transpose(0, 1)
     return copies_TMJ
 
 
@@ -274,25 +283,41 @@ def copy_weights(match_W: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def copy_follow_PW(places_P: Tensor, num_places: int) -> Tensor:
+def against_M1() -> Tensor:
+    """What each row's weights are set against, so that little evidence says little."""
+    echo = math.exp(ECHO_SHARPNESS * _ECHO_LIKE)
+    return torch.tensor([1.0] * len(COPY_MIN_MATCH) + [echo] * 2)[:, None]
+
+
+def copy_follow_MWW(num_places: int) -> Tensor:
     """How much each place of the window adds to the copy of what followed another: float32."""
-    steps_PW = torch.arange(num_places, device=places_P.device) - places_P[:, None] - 1
-    return (1 - _COPY_DISCOUNT) * _COPY_DISCOUNT ** steps_PW.clamp(min=0) * (steps_PW >= 0)
+    place_W = torch.arange(num_places)
+    steps_WW = place_W - place_W[:, None] - 1
+    follow_WW = (1 - COPY_DISCOUNT) * COPY_DISCOUNT ** steps_WW.clamp(min=0) * (steps_WW >= 0)
+    return torch.stack([follow_WW] * (NUM_COPIES - 1) + [(steps_WW == 0).float()])
 
 
-def _attend(weights_MBW: Tensor, uses_WJ: Tensor, until: Tensor | None = None) -> Tensor:
-    """What followed the weighted places: float32 [M, B, J].
+def _copies_MBJ(match_BW: Tensor, last_BJ: Tensor, uses_WJ: Tensor, routed_BW: Tensor) -> Tensor:
+    """Copies and echoes: what followed the places that are alike.
 
     Args:
-        weights_MBW: Of the places.
+        match_BW: int64, how many tokens up to a place are the same.
+        last_BJ: bool, use of the last routed token.
         uses_WJ: bool, use at each place.
-        until: bool [B, W], places that have been routed; None for all.
+        routed_BW: Places that have been routed.
     """
+    uses_WJ, last_BJ = uses_WJ.float(), last_BJ.float()
+    shared_BW = last_BJ @ uses_WJ.T / last_BJ.sum(1, keepdim=True)
+    echo_BW = torch.expm1(ECHO_SHARPNESS * shared_BW)
+    weights_MBW = torch.cat([copy_weights(match_BW), echo_BW[None]]) * routed_BW
     # The last routed place has no successor yet, so it neither adds nor counts.
-    routed = torch.ones_like(weights_MBW[0], dtype=torch.bool) if until is None else until
-    has_next = torch.cat([routed[:, 1:], torch.zeros_like(routed[:, :1])], dim=1)
-    weights_MBW = weights_MBW * has_next
-    places_P = weights_MBW.flatten(0, 1).any(dim=0).nonzero().flatten()
-    follow_PW = copy_follow_PW(places_P, len(uses_WJ))
-    spread_MBW = (weights_MBW[..., places_P] @ follow_PW) * routed
-    return spread_MBW @ uses_WJ.float() / (1 + weights_MBW.sum(-1, keepdim=True))
+    weights_MBW[..., :-1] *= routed_BW[:, 1:]
+    weights_MBW[..., -1] = 0.0
+    # What a place adds for those after it decays from one to the next, as an average does.
+    weights_WI = weights_MBW.flatten(0, 1).T
+    spread_N1I = weights_WI.new_zeros(len(weights_WI) + 1, 1, weights_WI.shape[1])
+    _average(spread_N1I, weights_WI, [COPY_DISCOUNT])
+    spread_MBW = spread_N1I[:-1, 0].T.view_as(weights_MBW) * routed_BW
+    spread_MBW = torch.cat([spread_MBW, weights_MBW[-1:].roll(1, -1)])
+    total_MB = weights_MBW[[0, 1, 2, 2]].sum(-1) + against_M1().to(match_BW.device)
+    return spread_MBW @ uses_WJ / total_MB[..., None]

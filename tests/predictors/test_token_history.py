@@ -23,7 +23,8 @@ from predictors.token_history import (
 from tests.predictors.fakes import make_trace
 
 POPULARITY_LE = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
-COPIES = slice(NUM_PAST, NUM_ROWS)
+COPIES = slice(NUM_PAST, NUM_PAST + len(COPY_MIN_MATCH))
+ECHOES = slice(NUM_PAST + len(COPY_MIN_MATCH), NUM_ROWS)
 AGE = NUM_PAST - 1
 
 
@@ -97,6 +98,35 @@ def test_copies_equal_the_formula(tokens: list[int]) -> None:
             torch.testing.assert_close(copies_TMLE[t, m, 0], expected_E, atol=1e-6, rtol=1e-5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_echoes_equal_the_formula(experts: list[int]) -> None:
+    """Layer 1 sometimes does otherwise, so that two tokens share all, half or none."""
+    rng = np.random.default_rng(len(experts))
+    other = rng.integers(0, 4, len(experts)).tolist()
+    ids_TLK = np.array([experts, other], np.uint8).T[..., None]
+    trace = replace(make_trace("r", experts), topk_expert_ids_TLK=ids_TLK, token_ids_P=None)
+    _, copies_TMLE = histories_of(trace, POPULARITY_LE, top_k=1)
+    assert not copies_TMLE[:, :2].any()
+    for t in range(1, len(experts)):
+        from_there_on, next_one, total = torch.zeros(4), torch.zeros(4), 0.0
+        for j in range(t - 1):
+            alike = ((experts[j] == experts[t - 1]) + (other[j] == other[t - 1])) / 2
+            weight = np.exp(20 * alike) - 1
+            total += weight
+            next_one[experts[j + 1]] += weight
+            for i in range(j + 1, t):
+                from_there_on[experts[i]] += weight * 0.1 * 0.9 ** (i - j - 1)
+        expected = torch.stack([from_there_on, next_one]) / (np.exp(12) + total)
+        torch.testing.assert_close(copies_TMLE[t, 2:, 0], expected.float(), atol=1e-5, rtol=1e-4)
+
+
+def test_what_was_routed_alike_went_on_alike() -> None:
+    before, _ = streamed([0, 1, 2, 0, 1], None)
+    assert before[4][ECHOES, 0].argmax(-1).tolist() == [1, 1]  # after the first 0 came 1
+    assert not before[1][ECHOES].any()
+
+
 @pytest.mark.parametrize("window", [7, 10**6], ids=["short window", "no window"])
 @pytest.mark.parametrize("block", [5, 512], ids=["short blocks", "one block"])
 @pytest.mark.parametrize("known", [True, False], ids=["ids", "no ids"])
@@ -115,7 +145,9 @@ def test_a_whole_trace_at_once_says_what_each_token_was_told(
     past_NRLE, copies_TMLE = histories_of(trace, POPULARITY_LE, top_k=1)
     torch.testing.assert_close(torch.cat([past_NRLE[:-1], copies_TMLE], 1), torch.stack(before))
     torch.testing.assert_close(torch.cat([past_NRLE[1:], copies_TMLE], 1), torch.stack(after))
-    assert copies_TMLE.any() == known
+    copies, echoes = copies_TMLE.split(2, dim=1)
+    assert copies.any() == known
+    assert echoes.any()
 
 
 @pytest.mark.parametrize("window", [7, 10**6], ids=["short window", "no window"])
