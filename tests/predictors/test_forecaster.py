@@ -210,18 +210,6 @@ def test_the_report_says_where_the_time_went(traces: TraceList) -> None:
     assert sum(parts) == pytest.approx(report.fit_s)
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_the_same_seed_fits_the_same(traces: TraceList) -> None:
-    gpu = {**SMALL, "trainer": {"accelerator": "gpu", "enable_progress_bar": False}}
-    once, twice = Forecaster(**gpu), Forecaster(**gpu)
-    for predictor in (once, twice):
-        predictor.fit(traces)
-    again = twice.tensors()
-    for name, tensor in once.tensors().items():
-        assert not tensor.is_cuda
-        assert torch.equal(tensor, again[name]), name
-
-
 def without_ids(trace: Trace) -> Trace:
     return replace(trace, token_ids_P=None)
 

@@ -8,8 +8,9 @@ import torch
 
 from data.schema import Trace
 from predictors.fit.forecaster import Examples, examples_of
+from predictors.forecaster import Forecaster
 from predictors.token_history import NUM_PAST, History
-from tests.predictors.fakes import make_trace
+from tests.predictors.fakes import make_trace, random_traces
 
 POPULARITY_LE = torch.tensor([[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
 NEVER = 30_000
@@ -87,3 +88,18 @@ def test_a_gpu_makes_the_same_examples(traces: list[Trace], examples: Examples) 
     for name, here, other in zip(Examples._fields, examples, there, strict=True):
         assert other.is_cuda or name == "examples_M"
         torch.testing.assert_close(other.cpu(), here, rtol=0, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_same_seed_fits_the_same() -> None:
+    requests = random_traces(num_requests=24)
+    trainer = {"accelerator": "gpu", "enable_progress_bar": False}
+    once, twice = (
+        Forecaster(hidden_dim=32, epochs=8, batch_size=32, trainer=trainer) for _ in range(2)
+    )
+    for predictor in (once, twice):
+        predictor.fit(requests)
+    again = twice.tensors()
+    for name, tensor in once.tensors().items():
+        assert not tensor.is_cuda
+        assert torch.equal(tensor, again[name]), name
