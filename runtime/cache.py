@@ -223,6 +223,11 @@ class ExpertCache:
         return self._state.slot_of_LE
 
     @property
+    def prefetched_LE(self) -> Tensor | None:
+        """bool: resident by prefetch and not used yet; the live state. None without prefetch."""
+        return self._state.prefetched_LE
+
+    @property
     def used_L1(self) -> Tensor:
         """Slots (or bytes) in use; the live state."""
         return self._state.used_L1

@@ -24,8 +24,15 @@ from torch import Tensor
 from runtime.cache import ExpertCache
 from runtime.policies.base import Policy
 
-COUNTERS = ("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons")
-"""Columns of `DeviceCache.counters_LX`: experts, or neurons of them."""
+COUNTERS = (
+    *("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons"),
+    *("prefetched", "prefetched_neurons", "wasted", "wasted_neurons"),
+)
+"""Columns of `DeviceCache.counters_LX`: experts, or neurons of them.
+
+Evictions by prefetches count among the evictions. What was prefetched, and evicted before any use,
+is wasted: all of its neurons that had come.
+"""
 CHUNK_NEURONS = 64  # a prefix ends at a multiple of it, or at the slot's end
 
 
@@ -70,6 +77,7 @@ class DeviceCache:
         home_address_LE: int64, every expert's record in memory that the device can read.
         max_tokens: The most tokens of one event.
         device: Where the state lives.
+        with_prefetch: Let a `runtime.device_prefetch.DevicePrefetch` fetch, and count its waste.
         kernels: Use the Triton kernel; False runs the reference in torch, which waits for nothing
             either but takes some sixty launches.
 
@@ -96,6 +104,7 @@ class DeviceCache:
         home_address_LE: Tensor,
         max_tokens: int,
         device: torch.device | str,
+        with_prefetch: bool = False,
         kernels: bool = True,
     ) -> None:
         L, E = len(memory), num_experts
@@ -119,6 +128,7 @@ class DeviceCache:
             num_experts=E,
             slots=torch.tensor([slots.num_slots for slots in memory]),
             max_needed=min(E, max_tokens * top_k),
+            with_prefetch=with_prefetch,
             device=device,
         )
         active = min(E, max_tokens * top_k)
@@ -142,6 +152,8 @@ class DeviceCache:
             for _ in range(L)
         ]
         self._ids_E = torch.arange(E, device=device)
+        self._is_due = [False] * L
+        self._forecast_LE: Tensor | None = None
         self._kernels = kernels
 
     def active(self, layer: int) -> Active:
@@ -153,7 +165,10 @@ class DeviceCache:
 
         Args:
             forecast_LE: float32 [L, E], for policies that read one (`policies.base.later_use`).
+                It is kept, and read again where a prefetch changes what a score reads.
         """
+        self._is_due = [True] * len(self.memory)
+        self._forecast_LE = forecast_LE
         usage = self.cache.usage
         usage.step_L1.add_(1)
         for half_life, uses_LE in usage.decayed_uses.items():
@@ -165,12 +180,29 @@ class DeviceCache:
         usage = self.cache.layer_usage(layer)
         _put(self.policy.keep_scores(usage, forecast_E), self.keep_LE[layer])
 
+    def is_due(self, layer: int) -> bool:
+        """Whether this forward pass has begun and the layer's event in it is still to come."""
+        return self._is_due[layer]
+
+    def rescore_arrivals(self, layer: int, arrived_E: Tensor) -> None:
+        """Score anew what a prefetch has brought: its arrival counts as a use, or an insertion.
+
+        Only where the layer's event is due, since `advance` scores for the next pass; and only for
+        policies that read either.
+        """
+        if self._is_due[layer] and self.policy.uses & {"last_use", "inserted"}:
+            usage, forecast_LE = self.cache.layer_usage(layer), self._forecast_LE
+            forecast_E = None if forecast_LE is None else forecast_LE[layer]
+            keep_E = self.keep_LE[layer]
+            torch.where(arrived_E, self.policy.keep_scores(usage, forecast_E), keep_E, out=keep_E)
+
     def step(self, layer: int, topk_expert_ids_TK: Tensor) -> Active:
         """Serve one event, as `ExpertCache.step` does; returns what the expert kernel must know.
 
         What is needed and has a slot counts as present from here on: the expert kernel that follows
         puts it there (write-through), or a copy in between does.
         """
+        self._is_due[layer] = False
         if self._kernels:
             self._launch(layer, topk_expert_ids_TK)
         else:
@@ -181,7 +213,12 @@ class DeviceCache:
 
     def readdress(self, layer: int) -> None:
         """Say where a layer's experts lie, after another than `step` has changed the books."""
-        self.address_LE[layer].copy_(self._address_E(layer))
+        slots, slot_of_LE = self.memory[layer], self.cache.slot_of_LE
+        assert slot_of_LE is not None
+        slot_of_E = slot_of_LE[layer]
+        here_E = slots.base_address + slot_of_E * slots.slot_bytes
+        home_E = self.home_address_LE[layer]
+        torch.where(slot_of_E >= 0, here_E, home_E, out=self.address_LE[layer])
 
     def reset(self) -> None:
         """Empty the cache, forget usage and counts; in place."""
@@ -193,25 +230,20 @@ class DeviceCache:
     def check_integrity(self) -> None:
         """AssertionError if the books do not balance; for tests and idle moments."""
         self.cache.check_integrity()
-        resident_LE = self.cache.usage.resident_LE
+        slot_of_LE, resident_LE = self.cache.slot_of_LE, self.cache.usage.resident_LE
+        assert slot_of_LE is not None
         for layer, slots in enumerate(self.memory):
-            address_E = self._address_E(layer)
+            here_E = slots.base_address + slot_of_LE[layer] * slots.slot_bytes
+            address_E = torch.where(resident_LE[layer], here_E, self.home_address_LE[layer])
             assert torch.equal(self.address_LE[layer], address_E), "an address is not its slot's"
             assert bool((self.present_LE[layer] <= slots.slot_neurons).all()), "more than fits"
         assert bool((self.present_LE[~resident_LE] == 0).all()), "absent but present"
-
-    def _address_E(self, layer: int) -> Tensor:
-        """Each expert's slot, or its home, by the books."""
-        slots, slot_of_LE = self.memory[layer], self.cache.slot_of_LE
-        assert slot_of_LE is not None
-        slot_of_E = slot_of_LE[layer]
-        here_E = slots.base_address + slot_of_E * slots.slot_bytes
-        return torch.where(slot_of_E >= 0, here_E, self.home_address_LE[layer])
 
     def _launch(self, layer: int, topk_expert_ids_TK: Tensor) -> None:
         from runtime.kernels.cache_step import cache_step  # triton is there only on GPU machines
 
         usage, slots, active = self.cache.usage, self.memory[layer], self._active[layer]
+        prefetched_LE = self.cache.prefetched_LE
         assert self.cache.slot_of_LE is not None
         cache_step(
             topk_expert_ids_TK,
@@ -229,6 +261,7 @@ class DeviceCache:
             inserted_E=usage.inserted_LE[layer],
             use_count_E=usage.use_count_LE[layer],
             visits_E=usage.visits_LE[layer],
+            prefetched_E=None if prefetched_LE is None else prefetched_LE[layer],
             needed_E=self.needed_LE[layer],
             keep_E=self.keep_LE[layer],
             present_E=self.present_LE[layer],
@@ -252,23 +285,26 @@ class DeviceCache:
         usage = self.cache.usage
         usage.step_L1[layer] -= 1  # `advance` has counted the event, and so does `step`
         decayed = {half_life: uses_LE.clone() for half_life, uses_LE in usage.decayed_uses.items()}
-        self.cache.policy = _Given(self.policy, self.keep_LE[layer])
+        self.policy, policy = _Given(self.policy, self.keep_LE[layer]), self.policy
+        self.cache.policy = self.policy
         try:
             step = self.cache.step(needed_E, layer=layer)
         finally:
-            self.cache.policy = self.policy
+            self.policy = self.cache.policy = policy
         for half_life, uses_LE in usage.decayed_uses.items():
             uses_LE.copy_(decayed[half_life])
-        self.readdress(layer)
         slots, active = self.memory[layer], self._active[layer]
+        assert step.slot_of_LE is not None
         resident_E = usage.resident_LE[layer]
+        address_E = slots.base_address + step.slot_of_LE * slots.slot_bytes
+        self.address_LE[layer] = torch.where(resident_E, address_E, self.home_address_LE[layer])
         present_E = self.present_LE[layer] * step.hit_LE
         miss_E = step.insert_LE | step.streamed_LE
         active.num_1.copy_(needed_E.sum(0, keepdim=True))
         behind_E = torch.where(miss_E, 0, torch.where(step.hit_LE, E, 2 * E))
         order_A = (behind_E + self._ids_E).argsort()[:num_active]
         active.expert_A.copy_(order_A)
-        active.slot_address_A.copy_(torch.where(resident_E, self.address_LE[layer], 0)[order_A])
+        active.slot_address_A.copy_(torch.where(resident_E, address_E, 0)[order_A])
         active.present_A.copy_(present_E[order_A])
         counted = {
             "accesses": needed_E,
@@ -278,6 +314,9 @@ class DeviceCache:
             "evictions": step.evict_LE,
             "missed_neurons": needed_E * (self.num_neurons - present_E),
         }
+        if step.wasted_LE is not None:
+            counted["wasted"] = step.wasted_LE
+            counted["wasted_neurons"] = step.wasted_LE * self.present_LE[layer]
         for name, counted_E in counted.items():
             self.counters_LX[layer, COUNTERS.index(name)] += counted_E.sum()
         self.present_LE[layer].masked_fill_(step.evict_LE, 0)

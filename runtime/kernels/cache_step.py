@@ -34,6 +34,7 @@ def _event(
     inserted_E,
     use_count_E,
     visits_E,
+    prefetched_E,
     needed_E,
     keep_E,
     present_E,
@@ -51,6 +52,7 @@ def _event(
     INSERTED: tl.constexpr,
     USE_COUNT: tl.constexpr,
     VISITS: tl.constexpr,
+    PREFETCHED: tl.constexpr,
 ):
     e = tl.arange(0, E_BLOCK)
     inside = e < num_experts
@@ -101,6 +103,13 @@ def _event(
     if VISITS:  # a stay ends with an eviction; what streams never stays
         visits = tl.load(visits_E + e, mask=inside, other=0)
         tl.store(visits_E + e, (visits + needed) * resident, mask=inside)
+    if PREFETCHED:
+        unused = tl.load(prefetched_E + e, mask=inside, other=0).to(tl.int32)
+        wasted = unused * evict
+        unused = unused * (1 - needed) * (1 - evict)
+        tl.store(prefetched_E + e, unused.to(tl.int8), mask=inside)
+        tl.store(counters_X + 8, tl.load(counters_X + 8) + tl.sum(wasted, 0))
+        tl.store(counters_X + 9, tl.load(counters_X + 9) + tl.sum(wasted * present, 0))
 
     # Where the expert kernel finds what: misses first, so that the link is busy from the start.
     slot_address = tl.where(resident == 1, slot_base + slot.to(tl.int64) * slot_bytes, 0)
@@ -140,6 +149,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
     inserted_E: Tensor,
     use_count_E: Tensor,
     visits_E: Tensor,
+    prefetched_E: Tensor | None,
     needed_E: Tensor,
     keep_E: Tensor,
     present_E: Tensor,
@@ -161,6 +171,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         slot_base: Address of slot 0.
         slot_bytes: From one slot to the next.
         uses: The fields of usage that the policy reads.
+        prefetched_E: What was prefetched and not used yet; None without prefetch.
     """
     num_experts = resident_E.shape[0]
     ids_N = topk_expert_ids_TK.reshape(-1)
@@ -182,6 +193,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         inserted_E,
         use_count_E,
         visits_E,
+        None if prefetched_E is None else prefetched_E.view(torch.int8),
         needed_E.view(torch.int8),
         keep_E,
         present_E,
@@ -199,5 +211,6 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         INSERTED="inserted" in uses,
         USE_COUNT="use_count" in uses,
         VISITS="visits" in uses,
+        PREFETCHED=prefetched_E is not None,
         num_warps=num_warps,
     )
