@@ -87,6 +87,7 @@ class DeviceCache:
         present_LE: int32, neurons of each expert that lie in its slot.
         address_LE: int64, the record of a resident expert in its slot, of others at home.
         needed_LE: bool, what each layer's latest event needed.
+        has_kernels: Whether they are used.
         counters_LX: int64, `COUNTERS` since the last `reset`.
 
     Raises:
@@ -154,7 +155,7 @@ class DeviceCache:
         self._ids_E = torch.arange(E, device=device)
         self._is_due = [False] * L
         self._forecast_LE: Tensor | None = None
-        self._kernels = kernels
+        self.has_kernels = kernels
 
     def active(self, layer: int) -> Active:
         """What the layer's latest event needs; static tensors."""
@@ -203,7 +204,7 @@ class DeviceCache:
         puts it there (write-through), or a copy in between does.
         """
         self._is_due[layer] = False
-        if self._kernels:
+        if self.has_kernels:
             self._launch(layer, topk_expert_ids_TK)
         else:
             self._reference(layer, topk_expert_ids_TK)
@@ -226,6 +227,7 @@ class DeviceCache:
         self.present_LE.zero_()
         self.counters_LX.zero_()
         self.address_LE.copy_(self.home_address_LE)
+        self._is_due = [False] * len(self.memory)
 
     def check_integrity(self) -> None:
         """AssertionError if the books do not balance; for tests and idle moments."""

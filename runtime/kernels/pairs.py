@@ -14,10 +14,10 @@ import triton.language as tl
 
 
 def blocks(num_experts: int) -> tuple[int, int, int]:
-    """E as a power of two, the columns of a block, and warps for 32 pairs a thread at most."""
+    """E as a power of two, the columns of a block, and warps for 16 pairs a thread."""
     e_block = max(16, triton.next_power_of_2(num_experts))
     num_warps = 4 if e_block <= 64 else 8 if e_block <= 256 else 16
-    return e_block, min(e_block, 32 * 32 * num_warps // e_block), num_warps
+    return e_block, min(e_block, 16 * 32 * num_warps // e_block), num_warps
 
 
 @triton.jit

@@ -12,7 +12,9 @@ What a captured graph demands of `Policy.keep_scores`:
 - any leading dimensions: shapes here are written ``_LE`` and may be [L, E], [..., L, E], or [E] for
   one layer, and the inputs of one call only broadcast against each other;
 - constants are Python numbers (a tensor made inside would be a host-to-device copy);
-- state of its own, if any, is preallocated and updated in place, since a graph replays addresses.
+- state of its own, if any, is preallocated and updated in place, since a graph replays addresses;
+- elementwise: an expert's score reads its own numbers, its id and the step, not other experts', so
+  that a device may score all layers before it knows what their events need.
 
 Shape letters: L MoE layers · E experts per layer.
 """
