@@ -334,6 +334,7 @@ class ExpertCache:
         layer: int | None = None,
         margin: float = 0.0,
         max_fetches: int,
+        victims_by_LE: Tensor | None = None,
         protected_LE: Tensor | None = None,
     ) -> Step:
         """Bring in wanted experts ahead of their use, best forecast first. Changes the state.
@@ -343,12 +344,16 @@ class ExpertCache:
         the candidate's forecast is higher by more than ``margin``: what demand would evict is the
         policy's matter, but a guess may only displace a worse guess.
 
+        With ``victims_by_LE``, such as the policy's keep-scores, victims go by those instead. Then
+        only residents may go that every candidate beats by more than ``margin``.
+
         Args:
             want_LE: bool [..., L, E] ([..., E] for one layer); resident ones are left alone.
             forecast_LE: float32, same shape, comparable between experts of a layer.
             layer: As in `step`. The step counter stands still: no event happens.
             margin: By how much a forecast must beat its victim's.
             max_fetches: The most experts to bring into a layer, at least 1.
+            victims_by_LE: float32, same shape; the lowest goes first, ties by id.
             protected_LE: bool, residents that must stay, such as those being computed just now.
 
         Returns:
@@ -366,7 +371,14 @@ class ExpertCache:
         evictable_LE = resident_LE if protected_LE is None else resident_LE > protected_LE
         forecast_LE = forecast_LE.expand(resident_LE.shape)
         newcomer_LV = lowest(-forecast_LE, candidate_LE, max_fetches)
-        victim_LV = lowest(forecast_LE, evictable_LE, max_fetches)
+        if victims_by_LE is None:
+            victims_by_LE = forecast_LE
+        else:
+            forecast_LV = forecast_LE.gather(-1, newcomer_LV)
+            is_real_LV = candidate_LE.gather(-1, newcomer_LV)
+            least_L1 = torch.where(is_real_LV, forecast_LV, torch.inf).amin(-1, keepdim=True)
+            evictable_LE = evictable_LE & (least_L1 > forecast_LE + margin)
+        victim_LV = lowest(victims_by_LE.expand(resident_LE.shape), evictable_LE, max_fetches)
         rank_V = self._ids_E[:max_fetches]
         # Newcomer j takes a free slot, or the place of victim j - free.
         free_L1 = state.capacity_L1 - state.used_L1

@@ -26,12 +26,15 @@ from runtime.policies.base import Policy
 
 COUNTERS = (
     *("accesses", "hits", "misses", "streamed", "evictions", "missed_neurons"),
-    *("prefetched", "prefetched_neurons", "wasted", "wasted_neurons"),
+    *("prefetched", "prefetched_neurons", "wasted", "wasted_neurons", "used_neurons"),
+    *("displaced", "regretted"),
 )
 """Columns of `DeviceCache.counters_LX`: experts, or neurons of them.
 
-Evictions by prefetches count among the evictions. What was prefetched, and evicted before any use,
-is wasted: all of its neurons that had come.
+What was prefetched, and evicted before any use, is wasted: all of its neurons that had come; what
+is needed first is used, as far as it had come. What a prefetch evicts counts among the evictions,
+and is displaced. It is regretted if it is missed before everything prefetched in its layer has been
+used, or has gone: an upper bound, since some of it would have gone by itself.
 """
 CHUNK_NEURONS = 64  # a prefix ends at a multiple of it, or at the slot's end
 
@@ -87,6 +90,7 @@ class DeviceCache:
         present_LE: int32, neurons of each expert that lie in its slot.
         address_LE: int64, the record of a resident expert in its slot, of others at home.
         needed_LE: bool, what each layer's latest event needed.
+        displaced_LE: bool, what has gone for a prefetch that is not used yet; None without.
         has_kernels: Whether they are used.
         counters_LX: int64, `COUNTERS` since the last `reset`.
 
@@ -143,6 +147,7 @@ class DeviceCache:
         self.address_LE = self.home_address_LE.clone()
         self.counters_LX = zeros(L, len(COUNTERS), dtype=torch.int64)
         self.needed_LE = zeros(L, E, dtype=torch.bool)
+        self.displaced_LE = zeros(L, E, dtype=torch.bool) if with_prefetch else None
         self._active = [
             Active(
                 zeros(1, dtype=torch.int32),
@@ -214,12 +219,7 @@ class DeviceCache:
 
     def readdress(self, layer: int) -> None:
         """Say where a layer's experts lie, after another than `step` has changed the books."""
-        slots, slot_of_LE = self.memory[layer], self.cache.slot_of_LE
-        assert slot_of_LE is not None
-        slot_of_E = slot_of_LE[layer]
-        here_E = slots.base_address + slot_of_E * slots.slot_bytes
-        home_E = self.home_address_LE[layer]
-        torch.where(slot_of_E >= 0, here_E, home_E, out=self.address_LE[layer])
+        self.address_LE[layer].copy_(self._address_E(layer))
 
     def reset(self) -> None:
         """Empty the cache, forget usage and counts; in place."""
@@ -227,19 +227,27 @@ class DeviceCache:
         self.present_LE.zero_()
         self.counters_LX.zero_()
         self.address_LE.copy_(self.home_address_LE)
+        if self.displaced_LE is not None:
+            self.displaced_LE.zero_()
         self._is_due = [False] * len(self.memory)
 
     def check_integrity(self) -> None:
         """AssertionError if the books do not balance; for tests and idle moments."""
         self.cache.check_integrity()
-        slot_of_LE, resident_LE = self.cache.slot_of_LE, self.cache.usage.resident_LE
-        assert slot_of_LE is not None
+        resident_LE = self.cache.usage.resident_LE
         for layer, slots in enumerate(self.memory):
-            here_E = slots.base_address + slot_of_LE[layer] * slots.slot_bytes
-            address_E = torch.where(resident_LE[layer], here_E, self.home_address_LE[layer])
+            address_E = self._address_E(layer)
             assert torch.equal(self.address_LE[layer], address_E), "an address is not its slot's"
             assert bool((self.present_LE[layer] <= slots.slot_neurons).all()), "more than fits"
         assert bool((self.present_LE[~resident_LE] == 0).all()), "absent but present"
+
+    def _address_E(self, layer: int) -> Tensor:
+        """Each expert's slot, or its home, by the books."""
+        slots, slot_of_LE = self.memory[layer], self.cache.slot_of_LE
+        assert slot_of_LE is not None
+        slot_of_E = slot_of_LE[layer]
+        here_E = slots.base_address + slot_of_E * slots.slot_bytes
+        return torch.where(slot_of_E >= 0, here_E, self.home_address_LE[layer])
 
     def _launch(self, layer: int, topk_expert_ids_TK: Tensor) -> None:
         from runtime.kernels.cache_step import cache_step  # triton is there only on GPU machines
@@ -264,6 +272,7 @@ class DeviceCache:
             use_count_E=usage.use_count_LE[layer],
             visits_E=usage.visits_LE[layer],
             prefetched_E=None if prefetched_LE is None else prefetched_LE[layer],
+            displaced_E=None if self.displaced_LE is None else self.displaced_LE[layer],
             needed_E=self.needed_LE[layer],
             keep_E=self.keep_LE[layer],
             present_E=self.present_LE[layer],
@@ -287,26 +296,25 @@ class DeviceCache:
         usage = self.cache.usage
         usage.step_L1[layer] -= 1  # `advance` has counted the event, and so does `step`
         decayed = {half_life: uses_LE.clone() for half_life, uses_LE in usage.decayed_uses.items()}
-        self.policy, policy = _Given(self.policy, self.keep_LE[layer]), self.policy
-        self.cache.policy = self.policy
+        prefetched_LE = self.cache.prefetched_LE
+        unused_E = None if prefetched_LE is None else prefetched_LE[layer].clone()
+        self.cache.policy = _Given(self.policy, self.keep_LE[layer])
         try:
             step = self.cache.step(needed_E, layer=layer)
         finally:
-            self.policy = self.cache.policy = policy
+            self.cache.policy = self.policy
         for half_life, uses_LE in usage.decayed_uses.items():
             uses_LE.copy_(decayed[half_life])
+        self.readdress(layer)
         slots, active = self.memory[layer], self._active[layer]
-        assert step.slot_of_LE is not None
         resident_E = usage.resident_LE[layer]
-        address_E = slots.base_address + step.slot_of_LE * slots.slot_bytes
-        self.address_LE[layer] = torch.where(resident_E, address_E, self.home_address_LE[layer])
         present_E = self.present_LE[layer] * step.hit_LE
         miss_E = step.insert_LE | step.streamed_LE
         active.num_1.copy_(needed_E.sum(0, keepdim=True))
         behind_E = torch.where(miss_E, 0, torch.where(step.hit_LE, E, 2 * E))
         order_A = (behind_E + self._ids_E).argsort()[:num_active]
         active.expert_A.copy_(order_A)
-        active.slot_address_A.copy_(torch.where(resident_E, address_E, 0)[order_A])
+        active.slot_address_A.copy_(torch.where(resident_E, self.address_LE[layer], 0)[order_A])
         active.present_A.copy_(present_E[order_A])
         counted = {
             "accesses": needed_E,
@@ -316,9 +324,14 @@ class DeviceCache:
             "evictions": step.evict_LE,
             "missed_neurons": needed_E * (self.num_neurons - present_E),
         }
-        if step.wasted_LE is not None:
+        if prefetched_LE is not None and unused_E is not None and self.displaced_LE is not None:
+            assert step.wasted_LE is not None
+            displaced_E = self.displaced_LE[layer]
             counted["wasted"] = step.wasted_LE
             counted["wasted_neurons"] = step.wasted_LE * self.present_LE[layer]
+            counted["used_neurons"] = unused_E * present_E
+            counted["regretted"] = displaced_E & miss_E
+            self.displaced_LE[layer] = displaced_E & ~needed_E & prefetched_LE[layer].any()
         for name, counted_E in counted.items():
             self.counters_LX[layer, COUNTERS.index(name)] += counted_E.sum()
         self.present_LE[layer].masked_fill_(step.evict_LE, 0)

@@ -73,6 +73,8 @@ class DevicePrefetch:
             for _ in range(num_layers)
         ]
         self._arrived_LE = zeros(num_layers, num_experts).bool()
+        self._anything_1 = zeros(1).int() + cache.num_neurons * max_fetches
+        self._left_1 = zeros(1).int()
         self._ids_E = torch.arange(num_experts, device=device)
 
     def copies(self, layer: int) -> Copies:
@@ -86,14 +88,16 @@ class DevicePrefetch:
         forecast_E: Tensor,
         *,
         margin: float = 0.0,
-        max_neurons: int | None = None,
+        victims_by_E: Tensor | None = None,
+        allowance_1: Tensor | None = None,
+        left_1: Tensor | None = None,
         protected_E: Tensor | None = None,
     ) -> Copies:
         """Decide what comes into a layer's slots; the caller makes the copies.
 
         Who comes and who goes is decided as by `ExpertCache.prefetch`: best forecast first, free
         slots first, and nothing goes whose forecast is not lower by more than ``margin``. Beyond
-        it, wanted experts that are in a slot in part are continued; they take their turn, by
+        that, wanted experts that are in a slot in part are continued; they take their turn, by
         forecast, among those that come. An expert of which the allowance leaves no chunk of
         neurons does not come, and displaces nothing.
 
@@ -105,21 +109,29 @@ class DevicePrefetch:
             want_E: bool.
             forecast_E: float32, comparable between experts of the layer; no NaN.
             margin: Not negative.
-            max_neurons: The allowance of this prefetch, all experts together; None = any.
+            victims_by_E: float32, as `ExpertCache.prefetch` has it.
+            allowance_1: int32, the most neurons of this prefetch, all experts together; None = any.
+            left_1: int32, takes what is left of it, for another layer's prefetch; it may be the
+                same tensor.
             protected_E: bool, residents that must stay and are not copied to; see the module.
 
         Raises:
-            ValueError: The margin or the allowance is negative.
+            ValueError: The margin is negative.
         """
         cache = self._cache
         if not margin >= 0:
             raise ValueError(f"margin={margin}: must not be negative")
-        if max_neurons is None:
-            max_neurons = cache.num_neurons * self._max_fetches
-        if max_neurons < 0:
-            raise ValueError(f"max_neurons={max_neurons}: must not be negative")
         decide = self._launch if cache.has_kernels else self._reference
-        decide(layer, want_E, forecast_E, protected_E, margin, max_neurons)
+        decide(
+            layer,
+            want_E,
+            forecast_E,
+            victims_by_E,
+            protected_E,
+            margin,
+            self._anything_1 if allowance_1 is None else allowance_1,
+            self._left_1 if left_1 is None else left_1,
+        )
         cache.rescore_arrivals(layer, self._arrived_LE[layer])
         return self._copies[layer]
 
@@ -128,9 +140,11 @@ class DevicePrefetch:
         layer: int,
         want_E: Tensor,
         forecast_E: Tensor,
+        victims_by_E: Tensor | None,
         protected_E: Tensor | None,
         margin: float,
-        max_neurons: int,
+        allowance_1: Tensor,
+        left_1: Tensor,
     ) -> None:
         from runtime.kernels.cache_prefetch import cache_prefetch  # as in `DeviceCache`
 
@@ -138,13 +152,16 @@ class DevicePrefetch:
         books, usage, slots = cache.cache, cache.cache.usage, cache.memory[layer]
         assert books.slot_of_LE is not None
         assert books.prefetched_LE is not None
+        assert cache.displaced_LE is not None
         cache_prefetch(
             want_E=want_E,
             forecast_E=forecast_E,
+            victims_by_E=victims_by_E,
             protected_E=protected_E,
             margin=margin,
             max_fetches=self._max_fetches,
-            max_neurons=max_neurons,
+            allowance_1=allowance_1,
+            left_1=left_1,
             is_due=cache.is_due(layer),
             capacity=slots.num_slots,
             num_neurons=cache.num_neurons,
@@ -163,6 +180,7 @@ class DevicePrefetch:
             inserted_E=usage.inserted_LE[layer],
             visits_E=usage.visits_LE[layer],
             prefetched_E=books.prefetched_LE[layer],
+            displaced_E=cache.displaced_LE[layer],
             present_E=cache.present_LE[layer],
             home_E=cache.home_address_LE[layer],
             address_E=cache.address_LE[layer],
@@ -176,9 +194,11 @@ class DevicePrefetch:
         layer: int,
         want_E: Tensor,
         forecast_E: Tensor,
+        victims_by_E: Tensor | None,
         protected_E: Tensor | None,
         margin: float,
-        max_neurons: int,
+        allowance_1: Tensor,
+        left_1: Tensor,
     ) -> None:
         """What the kernel does, by way of `ExpertCache.prefetch`."""
         cache, copies, most = self._cache, self._copies[layer], self._max_fetches
@@ -193,7 +213,7 @@ class DevicePrefetch:
             order_E = key_E.argsort(stable=True)
             order_E = order_E[(~wanted_E)[order_E].int().argsort(stable=True)]
             missing_E = (wanted_E * (slots.slot_neurons - present_E))[order_E]
-            left_E = (max_neurons - missing_E.cumsum(0) + missing_E).clamp(min=0)
+            left_E = (allowance_1 - missing_E.cumsum(0) + missing_E).clamp(min=0)
             chunks_E = left_E // CHUNK_NEURONS * CHUNK_NEURONS
             portion_E = torch.where(missing_E <= left_E, missing_E, chunks_E)
             return order_E, portion_E * (self._ids_E < most)
@@ -209,15 +229,14 @@ class DevicePrefetch:
             layer=layer,
             margin=margin,
             max_fetches=most,
+            victims_by_LE=victims_by_E,
             protected_LE=protected_E,
         )
         usage.step_L1[layer] += due
         assert step.wasted_LE is not None
         wasted_neurons = (step.wasted_LE * present_E).sum()
-        assert step.slot_of_LE is not None
-        here_E = slots.base_address + step.slot_of_LE * slots.slot_bytes
+        cache.readdress(layer)
         home_E, address_E = cache.home_address_LE[layer], cache.address_LE[layer]
-        torch.where(usage.resident_LE[layer], here_E, home_E, out=address_E)
         order_E, portion_E = portions(wanted_E & (step.insert_LE | (resident_E & ~step.evict_LE)))
         start_E = present_E[order_E].long()
         is_whole_E = start_E + portion_E == cache.num_neurons
@@ -230,8 +249,13 @@ class DevicePrefetch:
         self._arrived_LE[layer] = step.insert_LE
         present_E.masked_fill_(step.evict_LE, 0)
         present_E.scatter_add_(0, order_E, portion_E.int())
+        left_1.copy_(allowance_1 - portion_E.sum())
+        assert cache.displaced_LE is not None
+        cache.displaced_LE[layer] |= step.evict_LE
+        cache.displaced_LE[layer] &= ~step.insert_LE
         counted = {
             "evictions": step.evict_LE.sum(),
+            "displaced": step.evict_LE.sum(),
             "prefetched": step.insert_LE.sum(),
             "prefetched_neurons": portion_E.sum(),
             "wasted": step.wasted_LE.sum(),

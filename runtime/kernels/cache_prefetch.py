@@ -25,10 +25,12 @@ def _portion(missing, before, max_neurons, CHUNK: tl.constexpr):
 def _prefetch(
     want_E,
     forecast_E,
+    victims_by_E,
     protected_E,
     margin,
     max_fetches,
-    max_neurons,
+    allowance_1,
+    left_1,
     num_experts,
     capacity,
     num_neurons,
@@ -45,6 +47,7 @@ def _prefetch(
     inserted_E,
     visits_E,
     prefetched_E,
+    displaced_E,
     present_E,
     home_E,
     address_E,
@@ -59,6 +62,7 @@ def _prefetch(
     COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     IS_DUE: tl.constexpr,
+    VICTIMS_BY: tl.constexpr,
     PROTECTED: tl.constexpr,
     INSERTED: tl.constexpr,
     VISITS: tl.constexpr,
@@ -72,7 +76,9 @@ def _prefetch(
     present = tl.load(present_E + e, mask=inside, other=0)
     home = tl.load(home_E + e, mask=inside, other=0)
     unused = tl.load(prefetched_E + e, mask=inside, other=0).to(tl.int32)
+    displaced = tl.load(displaced_E + e, mask=inside, other=0).to(tl.int32)
     used = tl.load(used_1).to(tl.int32)
+    max_neurons = tl.load(allowance_1)
     # `advance` has counted an event that is due; for the books it is not there yet.
     step = tl.load(step_1) - IS_DUE
     evictable = resident
@@ -93,7 +99,12 @@ def _prefetch(
     free = capacity - used
     newcomer_key = order_key(-forecast, e, candidate)
     place = tl.where(candidate == 1, sum_below(newcomer_key, candidate, COLUMNS) - free, -1)
-    victim_key = order_key(forecast, e, evictable)
+    victim_score = forecast
+    if VICTIMS_BY:  # in another order than forecasts', so every pair must stand by itself
+        victim_score = tl.load(victims_by_E + e, mask=inside, other=0.0)
+        least = tl.min(tl.where(candidate == 1, forecast, float("inf")), 0)
+        evictable = tl.where(least > forecast + margin, evictable, 0)
+    victim_key = order_key(victim_score, e, evictable)
     victim_rank = sum_below(victim_key, evictable, COLUMNS)
     offered_place = tl.where(evictable == 1, victim_rank, -2)
     victim_forecast = offered_at(place, offered_place, forecast, COLUMNS)
@@ -111,6 +122,8 @@ def _prefetch(
     tl.store(slot_of_E + e, slot.to(tl.int64), mask=inside)
     tl.store(arrived_E + e, insert.to(tl.int8), mask=inside)
     tl.store(prefetched_E + e, (unused * (1 - evict) | insert).to(tl.int8), mask=inside)
+    displaced = (displaced | evict) * (1 - insert)
+    tl.store(displaced_E + e, displaced.to(tl.int8), mask=inside)
     tl.store(last_use_E + e, tl.zeros([E_BLOCK], tl.int64) + step, mask=insert == 1)
     if INSERTED:
         tl.store(inserted_E + e, tl.zeros([E_BLOCK], tl.int64) + step, mask=insert == 1)
@@ -139,6 +152,7 @@ def _prefetch(
         num_bytes_N + n, tl.zeros([N_BLOCK], tl.int64), mask=(n >= num_fetched) & (n < num_copies)
     )
     tl.store(present_E + e, tl.where(evict == 1, 0, present + portion), mask=inside)
+    tl.store(left_1, max_neurons - tl.sum(portion, 0))
 
     wasted = unused * evict
     tl.store(counters_X + 4, tl.load(counters_X + 4) + num_evictions)
@@ -146,16 +160,19 @@ def _prefetch(
     tl.store(counters_X + 7, tl.load(counters_X + 7) + tl.sum(portion, 0))
     tl.store(counters_X + 8, tl.load(counters_X + 8) + tl.sum(wasted, 0))
     tl.store(counters_X + 9, tl.load(counters_X + 9) + tl.sum(wasted * present, 0))
+    tl.store(counters_X + 11, tl.load(counters_X + 11) + num_evictions)
 
 
 def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in place)
     *,
     want_E: Tensor,
     forecast_E: Tensor,
+    victims_by_E: Tensor | None,
     protected_E: Tensor | None,
     margin: float,
     max_fetches: int,
-    max_neurons: int,
+    allowance_1: Tensor,
+    left_1: Tensor,
     is_due: bool,
     capacity: int,
     num_neurons: int,
@@ -174,6 +191,7 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
     inserted_E: Tensor,
     visits_E: Tensor,
     prefetched_E: Tensor,
+    displaced_E: Tensor,
     present_E: Tensor,
     home_E: Tensor,
     address_E: Tensor,
@@ -188,10 +206,12 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
     Args:
         want_E: bool.
         forecast_E: float32.
+        victims_by_E: float32, or None: the forecast.
         protected_E: bool, or None.
         margin: By how much a forecast must beat its victim's.
         max_fetches: The most copies.
-        max_neurons: The most neurons of all copies together.
+        allowance_1: int32, the most neurons of all copies together.
+        left_1: int32, what is left of it; written, and may be the same tensor.
         is_due: The layer's event of this forward pass is still to come.
         capacity: C.
         num_neurons: F.
@@ -202,6 +222,7 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
         record_bytes: Of a record.
         chunk_neurons: A prefix ends at a multiple of it, or at the slot's end.
         uses: The fields of usage that the policy reads.
+        displaced_E: bool, who has gone for something that is not used yet.
         arrived_E: bool, who came; written.
         source_address_N: Written, as the next two.
         target_address_N: Into slots.
@@ -212,10 +233,12 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
     _prefetch[(1,)](
         want_E.view(torch.int8),
         forecast_E,
+        victims_by_E,
         None if protected_E is None else protected_E.view(torch.int8),
         margin,
         max_fetches,
-        max_neurons,
+        allowance_1,
+        left_1,
         num_experts,
         capacity,
         num_neurons,
@@ -232,6 +255,7 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
         inserted_E,
         visits_E,
         prefetched_E.view(torch.int8),
+        displaced_E.view(torch.int8),
         present_E,
         home_E,
         address_E,
@@ -246,6 +270,7 @@ def cache_prefetch(  # noqa: D417 (the others are the state of `DeviceCache`, in
         COLUMNS=columns,
         CHUNK=chunk_neurons,
         IS_DUE=int(is_due),
+        VICTIMS_BY=victims_by_E is not None,
         PROTECTED=protected_E is not None,
         INSERTED="inserted" in uses,
         VISITS="visits" in uses,

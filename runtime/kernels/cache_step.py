@@ -35,6 +35,7 @@ def _event(
     use_count_E,
     visits_E,
     prefetched_E,
+    displaced_E,
     needed_E,
     keep_E,
     present_E,
@@ -105,11 +106,17 @@ def _event(
         tl.store(visits_E + e, (visits + needed) * resident, mask=inside)
     if PREFETCHED:
         unused = tl.load(prefetched_E + e, mask=inside, other=0).to(tl.int32)
-        wasted = unused * evict
+        wasted, came_true = unused * evict, unused * needed
         unused = unused * (1 - needed) * (1 - evict)
         tl.store(prefetched_E + e, unused.to(tl.int8), mask=inside)
         tl.store(counters_X + 8, tl.load(counters_X + 8) + tl.sum(wasted, 0))
         tl.store(counters_X + 9, tl.load(counters_X + 9) + tl.sum(wasted * present, 0))
+        tl.store(counters_X + 10, tl.load(counters_X + 10) + tl.sum(came_true * present, 0))
+        # What has gone for nothing so far is missed as long as that lasts.
+        displaced = tl.load(displaced_E + e, mask=inside, other=0).to(tl.int32)
+        tl.store(counters_X + 12, tl.load(counters_X + 12) + tl.sum(displaced * miss, 0))
+        displaced *= (1 - needed) * tl.max(unused, 0)
+        tl.store(displaced_E + e, displaced.to(tl.int8), mask=inside)
 
     # Where the expert kernel finds what: misses first, so that the link is busy from the start.
     slot_address = tl.where(resident == 1, slot_base + slot.to(tl.int64) * slot_bytes, 0)
@@ -150,6 +157,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
     use_count_E: Tensor,
     visits_E: Tensor,
     prefetched_E: Tensor | None,
+    displaced_E: Tensor | None,
     needed_E: Tensor,
     keep_E: Tensor,
     present_E: Tensor,
@@ -172,6 +180,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         slot_bytes: From one slot to the next.
         uses: The fields of usage that the policy reads.
         prefetched_E: What was prefetched and not used yet; None without prefetch.
+        displaced_E: What has gone for it; likewise.
     """
     num_experts = resident_E.shape[0]
     ids_N = topk_expert_ids_TK.reshape(-1)
@@ -194,6 +203,7 @@ def cache_step(  # noqa: D417 (the others are the state of `DeviceCache`)
         use_count_E,
         visits_E,
         None if prefetched_E is None else prefetched_E.view(torch.int8),
+        None if displaced_E is None else displaced_E.view(torch.int8),
         needed_E.view(torch.int8),
         keep_E,
         present_E,

@@ -47,7 +47,7 @@ def make(
 def same_state(one: DeviceCache, other: DeviceCache) -> None:
     """Everything that a cache holds; of its active lists, what means anything."""
     for fields in (
-        *("keep_LE", "present_LE", "address_LE", "counters_LX", "needed_LE"),
+        *("keep_LE", "present_LE", "address_LE", "counters_LX", "needed_LE", "displaced_LE"),
         *("cache.used_L1", "cache.slot_of_LE", "cache.prefetched_LE", "cache.usage.resident_LE"),
         *("cache.usage.step_L1", "cache.usage.last_use_LE", "cache.usage.inserted_LE"),
         *("cache.usage.use_count_LE", "cache.usage.visits_LE"),

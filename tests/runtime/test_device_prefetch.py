@@ -57,6 +57,10 @@ def row(forecast: dict[int, float], num_experts: int = 8) -> torch.Tensor:
     return torch.tensor(values, device=KERNEL_DEVICE)
 
 
+def at_most(neurons: int) -> torch.Tensor:
+    return torch.tensor([neurons], dtype=torch.int32, device=KERNEL_DEVICE)
+
+
 def serve(cache: DeviceCache, *experts: int):
     cache.advance()
     return cache.step(0, torch.tensor([experts], device=KERNEL_DEVICE))
@@ -109,6 +113,8 @@ def test_whole_prefetches_leave_the_books_of_every_policy_as_expert_cache_does(
         asked = {"margin": data.draw(st.sampled_from([0.0, 0.5, 0.7]))}
         if data.draw(st.booleans()):
             asked["protected"] = device.needed_LE[layer]
+        if data.draw(st.booleans()):
+            asked["victims_by"] = device.keep_LE[layer].clone()
         want_E = torch.rand(num_experts, generator=generator) < 0.6
         forecast_E, want_E = forecast_E.to(KERNEL_DEVICE), want_E.to(KERNEL_DEVICE)
         step = plain.prefetch(
@@ -117,6 +123,7 @@ def test_whole_prefetches_leave_the_books_of_every_policy_as_expert_cache_does(
             layer=layer,
             margin=asked["margin"],
             max_fetches=most,
+            victims_by_LE=asked.get("victims_by"),
             protected_LE=asked.get("protected"),
         )
         copies = prefetch.fetch(
@@ -124,6 +131,7 @@ def test_whole_prefetches_leave_the_books_of_every_policy_as_expert_cache_does(
             want_E,
             forecast_E,
             margin=asked["margin"],
+            victims_by_E=asked.get("victims_by"),
             protected_E=asked.get("protected"),
         )
         came += int(step.num_inserts_L1)
@@ -187,8 +195,10 @@ def test_under_an_allowance_the_kernel_equals_the_reference(data: st.DataObject)
         want_E = torch.rand(num_experts, generator=generator) < 0.7
         asked = {
             "margin": data.draw(st.sampled_from([0.0, 0.3])),
-            "max_neurons": data.draw(st.integers(0, 3 * F)),
+            
         }
+        by_score = data.draw(st.booleans())
+        allowance, left_1 = data.draw(st.integers(0, 3 * F)), at_most(-1)
         protects, serves = data.draw(st.booleans()), data.draw(st.booleans())
         for cache, prefetch in zip(caches, prefetches, strict=True):
             protected_E = cache.needed_LE[0] if protects else None
@@ -198,10 +208,14 @@ def test_under_an_allowance_the_kernel_equals_the_reference(data: st.DataObject)
                 want_E.to(KERNEL_DEVICE),
                 forecast_E.to(KERNEL_DEVICE),
                 protected_E=protected_E,
+                victims_by_E=cache.keep_LE[0] if by_score else None,
+                allowance_1=at_most(allowance),
+                left_1=left_1,
                 **asked,
             )
             grown_E = (cache.present_LE[0] - before_E).clamp(min=0)
-            assert int(grown_E.sum()) <= asked["max_neurons"]
+            assert int(grown_E.sum()) == allowance - int(left_1)
+            assert int(left_1) >= 0
             came_E = (before_E == 0) & cache.cache.usage.resident_LE[0]
             assert (grown_E[came_E] > 0).all(), "came for nothing"
             assert int(cache.counters_LX[0, 4] - evicted) <= int(came_E.sum())
@@ -223,7 +237,7 @@ def test_under_an_allowance_the_kernel_equals_the_reference(data: st.DataObject)
 def test_an_allowance_brings_a_prefix_and_the_next_prefetch_continues_it(kernels: bool) -> None:
     cache, prefetch = one_layer(slots=4, kernels=kernels)
     forecast_E = row({5: 0.9, 3: 0.4})
-    prefetch.fetch(0, mask(3, 5), forecast_E, max_neurons=F + 100)
+    prefetch.fetch(0, mask(3, 5), forecast_E, allowance_1=at_most(F + 100))
     home = cache.home_address_LE[0].tolist()
     base = cache.memory[0].base_address
     # Slots go by ascending id, copies by forecast; the 36 neurons beyond a chunk stay unused.
@@ -232,7 +246,7 @@ def test_an_allowance_brings_a_prefix_and_the_next_prefetch_continues_it(kernels
         (home[3], base, 64 * NEURON_BYTES),
     ]
     assert cache.present_LE[0].tolist() == [0, 0, 0, 64, 0, F, 0, 0]
-    prefetch.fetch(0, mask(3, 5), forecast_E, max_neurons=64)
+    prefetch.fetch(0, mask(3, 5), forecast_E, allowance_1=at_most(64))
     assert fetched(prefetch) == [
         (home[3] + 64 * NEURON_BYTES, base + 64 * NEURON_BYTES, 64 * NEURON_BYTES)
     ]
@@ -250,7 +264,7 @@ def test_an_allowance_brings_a_prefix_and_the_next_prefetch_continues_it(kernels
 def test_the_event_misses_only_what_the_prefetch_did_not_bring(kernels: bool) -> None:
     cache, prefetch = one_layer(slots=4, kernels=kernels)
     cache.advance()
-    prefetch.fetch(0, mask(3), row({3: 0.5}), max_neurons=128)
+    prefetch.fetch(0, mask(3), row({3: 0.5}), allowance_1=at_most(128))
     active = cache.step(0, torch.tensor([[3, 6]], device=KERNEL_DEVICE))
     assert active.expert_A[:2].tolist() == [6, 3]
     assert active.present_A[:2].tolist() == [0, 128]
@@ -261,12 +275,12 @@ def test_the_event_misses_only_what_the_prefetch_did_not_bring(kernels: bool) ->
 @BOTH
 def test_what_goes_unused_is_wasted_as_far_as_it_had_come(kernels: bool) -> None:
     cache, prefetch = one_layer(slots=2, kernels=kernels)
-    prefetch.fetch(0, mask(3, 4), row({3: 0.5, 4: 0.4}), max_neurons=F + 64)
+    prefetch.fetch(0, mask(3, 4), row({3: 0.5, 4: 0.4}), allowance_1=at_most(F + 64))
     serve(cache, 3)
     serve(cache, 0, 1)
     assert counted(cache)["wasted"] == 1
     assert counted(cache)["wasted_neurons"] == 64
-    prefetch.fetch(0, mask(5), row({5: 0.5}), max_neurons=64)
+    prefetch.fetch(0, mask(5), row({5: 0.5}), allowance_1=at_most(64))
     prefetch.fetch(0, mask(6), row({6: 0.9}))  # 1, 5 and their like are forecast at most 0
     prefetch.fetch(0, mask(7), row({7: 0.9, 6: 1.0}))
     assert counted(cache)["wasted_neurons"] == 64 + 64
@@ -286,13 +300,50 @@ def test_nothing_goes_that_is_forecast_higher_or_protected(kernels: bool) -> Non
 
 
 @BOTH
+def test_victims_by_scores_are_the_lowest_that_no_newcomer_falls_short_of(kernels: bool) -> None:
+    cache, prefetch = one_layer(slots=3, kernels=kernels)
+    serve(cache, 0, 1)
+    serve(cache, 2)
+    scores_E = row({0: -5.0, 1: -1.0, 2: 7.0})
+    forecast_E = row({0: 0.5, 1: 0.3, 2: 0.0, 5: 0.9, 6: 0.45})
+    prefetch.fetch(0, mask(5, 6), forecast_E, margin=0.1, victims_by_E=scores_E)
+    # 0 beats 6: it stays, whatever its score, and so the next lowest scores go.
+    assert cache.cache.usage.resident_LE[0].tolist() == mask(0, 5, 6).tolist()
+    prefetch.fetch(0, mask(7), row({7: 0.9, 5: 0.85}), margin=0.1, victims_by_E=row({6: 1.0}))
+    assert cache.cache.usage.resident_LE[0].tolist() == mask(5, 6, 7).tolist()
+    assert counted(cache)["displaced"] == 3
+
+
+@BOTH
+def test_what_a_prefetch_displaced_is_regretted_until_the_prefetch_is_used(kernels: bool) -> None:
+    cache, prefetch = one_layer(slots=3, kernels=kernels)
+    serve(cache, 0, 1)
+    serve(cache, 2)
+    prefetch.fetch(0, mask(5), row({5: 0.5}), allowance_1=at_most(64))  # in place of 0
+    prefetch.fetch(0, mask(6), row({6: 0.4, 5: 0.5}), margin=0.0)  # in place of 1
+    serve(cache, 0)  # in place of 2, which the policy lets go
+    assert counted(cache)["regretted"] == 1
+    serve(cache, 0)
+    assert counted(cache)["regretted"] == 1, "once"
+    serve(cache, 5)
+    assert counted(cache)["used_neurons"] == 64
+    serve(cache, 1)
+    assert counted(cache)["regretted"] == 2, "6 is not used yet"
+    prefetch.fetch(0, mask(3), row({3: 0.4}))
+    serve(cache, 3, 6)
+    serve(cache, 7)
+    assert counted(cache)["regretted"] == 2, "everything has come true, or has gone"
+    assert not cache.displaced_LE.any()
+
+
+@BOTH
 def test_an_expert_of_which_nothing_can_come_displaces_nothing(kernels: bool) -> None:
     cache, prefetch = one_layer(slots=2, kernels=kernels)
     serve(cache, 0, 1)
-    prefetch.fetch(0, mask(4, 5), row({4: 0.4, 5: 0.3}), max_neurons=63)
+    prefetch.fetch(0, mask(4, 5), row({4: 0.4, 5: 0.3}), allowance_1=at_most(63))
     assert fetched(prefetch) == []
     assert cache.cache.usage.resident_LE[0].tolist() == mask(0, 1).tolist()
-    prefetch.fetch(0, mask(4, 5), row({4: 0.4, 5: 0.3, 1: 0.1}), max_neurons=F)
+    prefetch.fetch(0, mask(4, 5), row({4: 0.4, 5: 0.3, 1: 0.1}), allowance_1=at_most(F))
     assert cache.cache.usage.resident_LE[0].tolist() == mask(1, 4).tolist()
 
 
@@ -300,7 +351,7 @@ def test_an_expert_of_which_nothing_can_come_displaces_nothing(kernels: bool) ->
 def test_what_has_come_half_way_may_go_again(kernels: bool) -> None:
     """It is wanted, and would be continued; but a better one takes its slot."""
     cache, prefetch = one_layer(slots=1, kernels=kernels)
-    prefetch.fetch(0, mask(3), row({3: 0.2}), max_neurons=64)
+    prefetch.fetch(0, mask(3), row({3: 0.2}), allowance_1=at_most(64))
     prefetch.fetch(0, mask(3, 6), row({3: 0.2, 6: 0.8}))
     assert cache.present_LE[0].tolist() == [0, 0, 0, 0, 0, 0, F, 0]
     assert [num_bytes for _, _, num_bytes in fetched(prefetch)] == [layout().record_bytes]
@@ -345,7 +396,10 @@ def test_slots_hold_byte_for_byte_what_the_books_call_present(data: st.DataObjec
         forecasts = st.lists(st.integers(0, 4), min_size=num_experts, max_size=num_experts)
         forecast_E = torch.tensor(data.draw(forecasts), dtype=torch.float32, device=KERNEL_DEVICE)
         copies = prefetch.fetch(
-            0, forecast_E > 0, forecast_E, max_neurons=data.draw(st.integers(0, 2 * neurons))
+            0,
+            forecast_E > 0,
+            forecast_E,
+            allowance_1=at_most(data.draw(st.integers(0, 2 * neurons))),
         )
         copy_records(*copies, programs_per_record=2)
         if data.draw(st.booleans()):
@@ -370,8 +424,6 @@ def test_wrong_arguments_are_named() -> None:
         DevicePrefetch(cache, layout=layout(), max_fetches=9)
     with pytest.raises(ValueError, match="margin=-0.1: must not be negative"):
         prefetch.fetch(0, mask(1), row({}), margin=-0.1)
-    with pytest.raises(ValueError, match="max_neurons=-1: must not be negative"):
-        prefetch.fetch(0, mask(1), row({}), max_neurons=-1)
     untracked = make(make_policy("lru"), slots=[2], num_experts=4, top_k=1, kernels=False)
     with pytest.raises(ValueError, match="with_prefetch=True"):
         DevicePrefetch(untracked, layout=layout(), max_fetches=1)
