@@ -35,7 +35,7 @@ from benchmarks.decode_report import summary, text_table
 from benchmarks.decode_rows import Row, StockRow
 from benchmarks.decode_timer import Timer
 from benchmarks.forced_routing import traces_of_shape
-from benchmarks.graph_rows import OwnRow
+from benchmarks.graph_rows import OwnRow, Prefetching
 from benchmarks.link_rates import link_rates
 from benchmarks.offload_baselines import ACCELERATE_INSTALLED, AccelerateOffload, HostSyncLru
 from benchmarks.options import as_json, parse_options
@@ -48,6 +48,7 @@ from data.machine import hardware
 from predictors.forecaster import Forecaster
 from runtime.budget import slots_at
 from runtime.compiled_layers import CompiledLayers
+from runtime.prefetch.options import PrefetchOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -64,6 +65,9 @@ class Options:
         forecaster: Fit one on topics that are not replayed, where the trace has such, and let it
             say what to keep.
         cpu_lane: Time lfru and the forecaster with the CPU lane, too.
+        prefetch: Let the forecaster prefetch, too, and time what a perfect prediction of the next
+            layer is worth.
+        layers_ahead: How many layers ahead is prefetched.
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
@@ -85,6 +89,8 @@ class Options:
     policies: tuple[str, ...] = ("lru", "lfu", "lfru", "lcp", "belady")
     forecaster: bool = True
     cpu_lane: bool = False
+    prefetch: bool = True
+    layers_ahead: int = 2
     repeats: int = 5
     tokens: int = 64
     warm: int = 0
@@ -105,7 +111,7 @@ class Options:
             raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}, live")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
-        for name in ("repeats", "tokens", "batch"):
+        for name in ("repeats", "tokens", "batch", "layers_ahead"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.residencies or not all(0 < share < 1 for share in self.residencies):
@@ -164,6 +170,12 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         skipped["accelerate cpu_offload"] = "accelerate=false"
     elif not ACCELERATE_INSTALLED:
         skipped["accelerate cpu_offload"] = "accelerate is not installed"
+    prefetch = PrefetchOptions(
+        layers_ahead=options.layers_ahead,
+        # A CPU only stands in: let a window take any expert whole.
+        window_s=150e-6 if device.type == "cuda" else 2.0,
+        link_bytes_per_s=link_bytes_per_s if device.type == "cuda" else bed.layout.record_bytes,
+    )
     result: dict[str, Any] = {
         "testbed": "replay",
         "options": as_json(options),
@@ -221,10 +233,30 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
             rows.append(own_row("lfru", slots=slots, cpu_lane=True))
             if forecaster is not None:
                 rows.append(own_row("forecast", slots=slots, predictor=forecaster, cpu_lane=True))
+        if options.prefetch:
+            rows += prefetching_rows(own_row, slots, forecaster, prefetch)
         measure(rows, residency)
     store.close()
     result["complete"] = True
     return result
+
+
+def prefetching_rows(
+    own_row: Callable[..., OwnRow],
+    slots: int,
+    forecaster: Forecaster | None,
+    prefetch: PrefetchOptions,
+) -> list[Row]:
+    """By the forecaster, and the bounds: by the truth about the next layers."""
+    asked: list[tuple[str, Forecaster | None, Prefetching]] = [("lru", None, "truth")]
+    if forecaster is not None:
+        asked = [("forecast", forecaster, "predictor"), *asked, ("forecast", forecaster, "truth")]
+    return [
+        own_row(
+            policy, slots=slots, predictor=predictor, prefetch_by=prefetch_by, prefetch=prefetch
+        )
+        for policy, predictor, prefetch_by in asked
+    ]
 
 
 def fitted_forecaster(shape: Shape) -> Forecaster:

@@ -10,7 +10,7 @@ token · D hidden · P elements of a record.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,14 @@ from runtime.gpu_experts import GpuExperts
 from runtime.kernels.copy import copy_records
 from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
+from runtime.prefetch.options import PrefetchOptions
+from runtime.prefetch.sources import Now, Source, TokenForecast
 from runtime.static_kv import one_position
 
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
+_MEASURED_STEPS = 8  # in which a prefetcher sees how much fits between two layers' experts
+
+Prefetching = Literal["none", "predictor", "truth"]
 
 
 class OwnRow(Row):
@@ -39,6 +44,9 @@ class OwnRow(Row):
         policy: A name of `runtime.policies.POLICIES`.
         slots: C of every layer.
         predictor: What policies that forecast go by; it runs inside the graph.
+        prefetch_by: Who says what the next layers will need: the predictor, or the recorded truth,
+            which bounds what predicting the next layers can be worth.
+        prefetch: How it is fetched.
         graph: Replay the step as a graph (on a CPU, which has none, it is called again); False lets
             the host launch every kernel.
         compiled: What lies between the experts, compiled; rows may share it.
@@ -57,6 +65,8 @@ class OwnRow(Row):
         *,
         slots: int,
         predictor: Predictor | None = None,
+        prefetch_by: Prefetching = "none",
+        prefetch: PrefetchOptions | None = None,
         graph: bool = True,
         compiled: CompiledLayers | None = None,
         same_bits: bool = True,
@@ -65,6 +75,9 @@ class OwnRow(Row):
         what = "all resident" if slots == testbed.num_experts else policy
         if predictor is not None:
             what = f"{policy} ({predictor.kind})"
+        what += {"none": "", "predictor": " + prefetch", "truth": " + perfect next layer (bound)"}[
+            prefetch_by
+        ]
         how = " + CPU lane" if cpu_lane else ""
         how += ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
         super().__init__(f"ours, {what}{how}", testbed, slots=slots)
@@ -78,6 +91,14 @@ class OwnRow(Row):
         self._foresight: Foresight | None = None
         if predictor is not None:
             self._foresight = Foresight(testbed, predictor)
+        self._prefetch = prefetch
+        self._source: Source | None = None
+        if prefetch_by == "truth":
+            self._source = RecordedTruth(testbed)
+        elif prefetch_by == "predictor":
+            if self._foresight is None:
+                raise ValueError("prefetch_by='predictor': name a predictor")
+            self._source = TokenForecast(self._foresight.next_LE)
 
     def prepare(self) -> None:
         """Capture the step, then bring the cache to where the warm-up ends."""
@@ -90,6 +111,8 @@ class OwnRow(Row):
             store=self._store,
             staging_buffers=1,  # no prompt is read here
             cpu_lane=self._cpu_lane,
+            prefetch_by=self._source,
+            prefetch=self._prefetch,
         )
         ALL_EXPERTS_FUNCTIONS[self._IMPLEMENTATION] = (
             self._experts_forward if self._compiled is None else not_compiled(self._experts_forward)
@@ -97,17 +120,27 @@ class OwnRow(Row):
         bed.use_experts(self._IMPLEMENTATION)
         bed.rewind()
         self._replay = self._step_of_the_model()
+        prefetcher = self._experts.prefetcher
+        if prefetcher is not None and bed.device.type == "cuda":
+            for _ in range(_MEASURED_STEPS):
+                bed.rewind()
+                self._replay()
+            prefetcher.review.look_now()
         self._warm_up()
         bed.rewind()
         self._experts.cache.counters_LX.zero_()
         if self._experts.lane is not None:
             self._experts.lane.books.counts_X.zero_()
             self.cpu_bytes_per_s = self._experts.lane.bytes_per_s
+        if prefetcher is not None:
+            prefetcher.review.reset()
 
     def step(self) -> None:
         """One decode step, and what a request's end asks for."""
         assert self._replay is not None
+        assert self._experts is not None
         self._replay()
+        self._experts.after_pass()
         if self._foresight is not None:
             self._foresight.after_step()
 
@@ -120,6 +153,8 @@ class OwnRow(Row):
             hits=stats.hits,
             missed_bytes=stats.miss_bytes,
             cpu_bytes=stats.cpu_lane_bytes,
+            prefetched_bytes=stats.prefetched_bytes,
+            wasted_bytes=stats.wasted_bytes,
         )
 
     def finish(self) -> None:
@@ -130,9 +165,13 @@ class OwnRow(Row):
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
     def _step_of_the_model(self) -> Callable[[], None]:
-        bed, compiled = self.testbed, self._compiled
+        bed, compiled, experts = self.testbed, self._compiled, self._experts
+        assert experts is not None
 
         def step() -> None:
+            if self._foresight is not None:
+                experts.expect(self._foresight.LE)
+            experts.begin_pass(len(bed.token_BT))
             if compiled is None:
                 bed.step(bed.model)
             else:
@@ -165,11 +204,11 @@ class OwnRow(Row):
     ) -> Tensor:
         assert self._experts is not None
         layer, foresight = self._layer_of[experts], self._foresight
-        if layer == 0:  # the hook of this layer's router has made the truth ready
-            later_LE = self.testbed.forced.forecast_LE if foresight is None else foresight.LE
-            self._experts.expect(later_LE)
+        if layer == 0 and foresight is None:
+            # The hook of this layer's router has made the truth ready.
+            self._experts.expect(self.testbed.forced.forecast_LE)
         if foresight is not None:
-            row_E = self._experts.later_use_LE[layer]  # answered in place
+            row_E = self._experts.later_use_E(layer)  # answered in place
             self._experts.expect(foresight.on_routed(layer, ids_TK, weights_TK, row_E), layer)
         return self._experts.forward(layer, hidden_TD, ids_TK, weights_TK)
 
@@ -237,6 +276,11 @@ class Foresight:
         """The use that is expected after the token at hand, before anything of it is known."""
         return self._module.forecast_LE - self._module.next_LE
 
+    @property
+    def next_LE(self) -> Tensor:
+        """The use that is expected of the token at hand: always the same tensor."""
+        return self._module.next_LE
+
     def begin(self) -> None:
         """Stand before token 0."""
         self._position = 0
@@ -260,3 +304,21 @@ class Foresight:
         self._position = (self._position + 1) % len(self._starts_N)
         if self._starts_N[self._position]:
             self._module.begin()
+
+
+class RecordedTruth:
+    """What each layer of the token at hand will need, as recorded: `runtime.prefetch` at its best.
+
+    Args:
+        testbed: What is decoded.
+    """
+
+    def __init__(self, testbed: ReplayTestbed) -> None:
+        ids_NLM = testbed.forced.ids_NBLK.transpose(1, 2).flatten(2)
+        shape = (*ids_NLM.shape[:2], testbed.num_experts)
+        self._needed_NLE = torch.zeros(shape, device=testbed.device).scatter_(2, ids_NLM, 1.0)
+        self._position_1 = testbed.forced.position_1
+
+    def next_E(self, layer: int, now: Now) -> Tensor:
+        """As `Source.next_E`."""
+        return self._needed_NLE[:, layer].index_select(0, self._position_1)[0]

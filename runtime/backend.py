@@ -48,6 +48,9 @@ class OffloadStats:
         cpu_lane_bytes: Bytes of weights, among those missing, that the host computed with.
         cpu_lane_on: Whether it is asked for a part of what is missing; False means that it fell
             behind or did not answer. None where there is no CPU lane.
+        prefetched_bytes: Bytes that decode steps brought ahead of their use.
+        wasted_bytes: Those of them that were evicted unused.
+        prefetch_layers_off: Layers where prefetching has lost, and is off.
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
         eager_calls: Why forward passes did not, and how many each.
@@ -62,6 +65,9 @@ class OffloadStats:
     is_pinned: bool | None = None
     cpu_lane_bytes: int = 0
     cpu_lane_on: bool | None = None
+    prefetched_bytes: int = 0
+    wasted_bytes: int = 0
+    prefetch_layers_off: int = 0
     graph_captures: int = 0
     graph_replays: int = 0
     eager_calls: Mapping[str, int] = field(default_factory=dict)

@@ -344,8 +344,8 @@ class ExpertCache:
         the candidate's forecast is higher by more than ``margin``: what demand would evict is the
         policy's matter, but a guess may only displace a worse guess.
 
-        With ``victims_by_LE``, such as the policy's keep-scores, victims go by those instead. Then
-        only residents may go that every candidate beats by more than ``margin``.
+        With ``victims_by_LE``, such as the policy's keep-scores, as many come and go, but those go
+        whose score is lowest, among the residents that all who come beat by more than ``margin``.
 
         Args:
             want_LE: bool [..., L, E] ([..., E] for one layer); resident ones are left alone.
@@ -371,14 +371,7 @@ class ExpertCache:
         evictable_LE = resident_LE if protected_LE is None else resident_LE > protected_LE
         forecast_LE = forecast_LE.expand(resident_LE.shape)
         newcomer_LV = lowest(-forecast_LE, candidate_LE, max_fetches)
-        if victims_by_LE is None:
-            victims_by_LE = forecast_LE
-        else:
-            forecast_LV = forecast_LE.gather(-1, newcomer_LV)
-            is_real_LV = candidate_LE.gather(-1, newcomer_LV)
-            least_L1 = torch.where(is_real_LV, forecast_LV, torch.inf).amin(-1, keepdim=True)
-            evictable_LE = evictable_LE & (least_L1 > forecast_LE + margin)
-        victim_LV = lowest(victims_by_LE.expand(resident_LE.shape), evictable_LE, max_fetches)
+        victim_LV = lowest(forecast_LE, evictable_LE, max_fetches)
         rank_V = self._ids_E[:max_fetches]
         # Newcomer j takes a free slot, or the place of victim j - free.
         free_L1 = state.capacity_L1 - state.used_L1
@@ -389,6 +382,11 @@ class ExpertCache:
         come_LV = candidate_LE.gather(-1, newcomer_LV) & ((rank_V < free_L1) | beats_LV)
         num_inserts_L1 = count(come_LV)
         num_victims_L1 = (num_inserts_L1 - free_L1).clamp(min=0)
+        if victims_by_LE is not None:
+            come_forecast_LV = torch.where(come_LV, forecast_LE.gather(-1, newcomer_LV), torch.inf)
+            beaten_LE = come_forecast_LV.amin(-1, keepdim=True) > forecast_LE + margin
+            score_LE = victims_by_LE.expand(resident_LE.shape)
+            victim_LV = lowest(score_LE, evictable_LE & beaten_LE, max_fetches)
         none_LE = torch.zeros_like(resident_LE)
         insert_LE = none_LE.scatter(-1, newcomer_LV, come_LV)
         evict_LE = none_LE.scatter(-1, victim_LV, rank_V < num_victims_L1)

@@ -18,6 +18,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
@@ -32,6 +33,9 @@ from runtime.kernels.experts import expert_step
 from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
+from runtime.prefetch.options import PrefetchOptions
+from runtime.prefetch.prefetcher import Prefetcher
+from runtime.prefetch.sources import Now, Source
 from runtime.prefill import PrefillExecutor, PrefillStats
 
 logger = logging.getLogger(__name__)
@@ -48,12 +52,15 @@ class GpuExperts:
         store: The experts.
         staging_buffers: Of `runtime.prefill`; none where every expert has a slot.
         cpu_lane: Let the host compute a part of what a step misses (`runtime.gpu_lane`).
+        prefetch_by: Who says what to prefetch; None prefetches nothing.
+        prefetch: How.
 
     Attributes:
         cache: The books, on the device.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
-        later_use_LE: float32, what is expected. Whoever writes a row of it in place spares `expect`
-            a copy, and where scores are forecasts, the cache all of its scoring.
+        later_use_LE: float32, what is expected; `later_use_E` gives a row to write to.
+        prefetcher: Where something is prefetched: there is somebody to say what, something is not
+            resident, and the device can read it at home.
 
     Raises:
         ValueError: The kernels cannot compute these experts.
@@ -69,6 +76,8 @@ class GpuExperts:
         store: PinnedStore,
         staging_buffers: int = STAGING_BUFFERS,
         cpu_lane: LaneMode = False,
+        prefetch_by: Source | None = None,
+        prefetch: PrefetchOptions | None = None,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
         self._activations = check_experts(layers)
@@ -94,7 +103,16 @@ class GpuExperts:
             home_address_LE=store.address_LE,
             max_tokens=MAX_TOKENS,
             device=device,
+            with_prefetch=prefetch_by is not None,
         )
+        self.prefetcher: Prefetcher | None = None
+        if prefetch_by is not None and store.is_pinned and min(slots) < spec.num_experts:
+            options = prefetch or PrefetchOptions()
+            self.prefetcher = Prefetcher(
+                self.cache, store=store, source=prefetch_by, options=options
+            )
+        self._has_begun = False
+        self._hooks: list[RemovableHandle] = []
         self._prefill = PrefillExecutor(
             home=store,
             layout=layout,
@@ -140,10 +158,13 @@ class GpuExperts:
         policy: Policy,
         device: torch.device,
         cpu_lane: LaneMode = False,
+        prefetch_by: Source | None = None,
+        prefetch: PrefetchOptions | None = None,
     ) -> Self:
         """Take the experts out of ``model`` and move the rest of it to ``device``.
 
-        What fails half-way is undone.
+        What fails half-way is undone. Where something is prefetched, hooks of the model tell when
+        a pass begins and ends.
 
         Raises:
             ValueError: The kernels cannot compute these experts; nothing has changed.
@@ -160,6 +181,8 @@ class GpuExperts:
                 policy=policy,
                 store=store,
                 cpu_lane=cpu_lane,
+                prefetch_by=prefetch_by,
+                prefetch=prefetch,
             )
         except BaseException:
             for moe in layers:
@@ -168,6 +191,8 @@ class GpuExperts:
             store.close()
             raise
         backend._model, backend._home = model, home
+        if backend.prefetcher is not None:
+            backend._watch(model)
         return backend
 
     @property
@@ -182,32 +207,65 @@ class GpuExperts:
 
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """As `Backend.expect`; of one layer between its router and its experts."""
+        if self.prefetcher is not None:
+            self.prefetcher.join_decision()  # it reads what is written here
         place = self.later_use_LE if layer is None else self.later_use_LE[layer]
         if later_LE.data_ptr() != place.data_ptr():
             place.copy_(later_LE)
         if layer is not None:
             self.cache.rescore(layer, place)
 
+    def later_use_E(self, layer: int) -> Tensor:
+        """A layer's row of what is expected, to be written in place and given to `expect`.
+
+        That spares `expect` a copy and, where scores are forecasts, the cache all of its scoring.
+        """
+        if self.prefetcher is not None:
+            self.prefetcher.join_decision()
+        return self.later_use_LE[layer]
+
+    def begin_pass(self, num_tokens: int) -> None:
+        """A forward pass begins, and what is expected of it is known: fetch for its first layers.
+
+        Optional: without it, prefetching begins behind layer 0. To be called inside a captured
+        step.
+        """
+        if self.prefetcher is not None and self._is_decode(num_tokens):
+            self._advance()
+            self._has_begun = True
+            self.prefetcher.fetch_after(Now(-1, num_tokens))
+
+    def after_pass(self) -> None:
+        """A forward pass has been given to the device; to be called outside a captured step."""
+        if self.prefetcher is not None:
+            self.prefetcher.review.after_pass()
+
     def forward(
         self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
     ) -> Tensor:
         """As `Backend.forward`; without a wait for the host where T is at most `MAX_TOKENS`."""
-        num_tokens = len(hidden_TD)
-        reads_forecasts = self.cache.policy.foresight != "none"
-        if not num_tokens or num_tokens > MAX_TOKENS or not self._store.is_pinned:
+        num_tokens, prefetcher = len(hidden_TD), self.prefetcher
+        if prefetcher is not None:
+            prefetcher.join_decision()
+        if not self._is_decode(num_tokens):
+            if prefetcher is not None:
+                prefetcher.join_copies(layer)
             output_TD = self._prefill.forward(
                 layer,
                 hidden_TD,
                 topk_expert_ids_TK,
                 topk_weights_TK,
-                self.later_use_LE[layer] if reads_forecasts else None,
+                self.later_use_LE[layer] if self._reads_forecasts else None,
             )
             self.cache.readdress(layer)
             return output_TD
-        if layer == 0:
-            self.cache.advance(self.later_use_LE if reads_forecasts else None)
+        if layer == 0 and not self._has_begun:
+            self._advance()
+        self._has_begun = False
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
+        if prefetcher is not None:
+            prefetcher.join_copies(layer)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
         hidden_TD = hidden_TD.contiguous()
         lane = None
@@ -230,7 +288,28 @@ class GpuExperts:
         )
         if self.lane is not None:
             self.lane.complete(layer, slot_neurons, ids_TK.numel())
+        if prefetcher is not None:
+            prefetcher.fetch_after(Now(layer, num_tokens, hidden_TD))
         return output_TD
+
+    def _watch(self, model: Any) -> None:
+        """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step."""
+        embedding = model.get_input_embeddings()
+        self._hooks = [
+            embedding.register_forward_pre_hook(lambda _, args: self.begin_pass(args[0].numel())),
+            model.register_forward_hook(lambda *_: self.after_pass()),
+        ]
+
+    @property
+    def _reads_forecasts(self) -> bool:
+        return self.cache.policy.foresight != "none"
+
+    def _is_decode(self, num_tokens: int) -> bool:
+        """Whether a pass of so many tokens is for the kernels."""
+        return 0 < num_tokens <= MAX_TOKENS and self._store.is_pinned
+
+    def _advance(self) -> None:
+        self.cache.advance(self.later_use_LE if self._reads_forecasts else None)
 
     def stats(self) -> OffloadStats:
         """As `Backend.stats`; waits for the device."""
@@ -252,6 +331,9 @@ class GpuExperts:
             is_pinned=self._store.is_pinned,
             cpu_lane_bytes=lane_bytes,
             cpu_lane_on=lane_on,
+            prefetched_bytes=round(decode["prefetched_neurons"] * neuron_bytes),
+            wasted_bytes=round(decode["wasted_neurons"] * neuron_bytes),
+            prefetch_layers_off=len(self.prefetcher.review.layers_off) if self.prefetcher else 0,
         )
 
     def restore(self) -> None:
@@ -265,8 +347,10 @@ class GpuExperts:
             )
         if self.lane is not None:
             self.lane.close()
+        for hook in self._hooks:
+            hook.remove()
         self._slots_LCP.clear()
-        del self._prefill, self.cache, self._workspace
+        del self._prefill, self.cache, self._workspace, self.prefetcher
         try:
             for moe in self._layers:
                 self._store.give_back(moe, self._home)

@@ -99,12 +99,7 @@ def _prefetch(
     free = capacity - used
     newcomer_key = order_key(-forecast, e, candidate)
     place = tl.where(candidate == 1, sum_below(newcomer_key, candidate, COLUMNS) - free, -1)
-    victim_score = forecast
-    if VICTIMS_BY:  # in another order than forecasts', so every pair must stand by itself
-        victim_score = tl.load(victims_by_E + e, mask=inside, other=0.0)
-        least = tl.min(tl.where(candidate == 1, forecast, float("inf")), 0)
-        evictable = tl.where(least > forecast + margin, evictable, 0)
-    victim_key = order_key(victim_score, e, evictable)
+    victim_key = order_key(forecast, e, evictable)
     victim_rank = sum_below(victim_key, evictable, COLUMNS)
     offered_place = tl.where(evictable == 1, victim_rank, -2)
     victim_forecast = offered_at(place, offered_place, forecast, COLUMNS)
@@ -112,6 +107,12 @@ def _prefetch(
     insert = tl.where((place < 0) | beats, candidate, 0)
     num_inserts = tl.sum(insert, 0)
     num_evictions = tl.maximum(num_inserts - free, 0)
+    if VICTIMS_BY:  # in another order, among those that all who come beat
+        least = tl.min(tl.where(insert == 1, forecast, float("inf")), 0)
+        evictable = tl.where(least > forecast + margin, evictable, 0)
+        victim_score = tl.load(victims_by_E + e, mask=inside, other=0.0)
+        victim_key = order_key(victim_score, e, evictable)
+        victim_rank = sum_below(victim_key, evictable, COLUMNS)
     evict = tl.where(victim_rank < num_evictions, evictable, 0)
 
     slot = hand_on_slots(slot, insert, evict, used, COLUMNS)

@@ -195,7 +195,6 @@ def test_under_an_allowance_the_kernel_equals_the_reference(data: st.DataObject)
         want_E = torch.rand(num_experts, generator=generator) < 0.7
         asked = {
             "margin": data.draw(st.sampled_from([0.0, 0.3])),
-            
         }
         by_score = data.draw(st.booleans())
         allowance, left_1 = data.draw(st.integers(0, 3 * F)), at_most(-1)

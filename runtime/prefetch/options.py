@@ -1,0 +1,87 @@
+"""What may be set about prefetching, and the two numbers that follow: how much, and how sure.
+
+Shape letters: F expert FFN inner size.
+"""
+
+from dataclasses import dataclass
+
+from runtime.device_cache import CHUNK_NEURONS
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PrefetchOptions:
+    """How prefetches are made; the defaults suit a fast GPU.
+
+    Args:
+        layers_ahead: How many layers after the one that has computed may be fetched for; the
+            nearest takes what it can use of the allowance, and leaves the others the rest.
+        max_fetches: The most experts of a layer in one prefetch.
+        margin: By how much a forecast must exceed that of what it displaces, in [0, 1).
+        displaced_use: How likely a displaced expert would have been used before it would have gone
+            anyway, in [0, 1]; see `least_probability`.
+        programs_per_record: Of a copy; fewer leave attention more of the GPU.
+        window_s: Seconds between a layer's experts and the next one's, until they are measured.
+        link_bytes_per_s: Rate of copies, until it is measured in place; None measures one first.
+        share: Of the window that copies may fill, in (0, 1].
+        review_tokens: Passes between two looks at the counters.
+        waste_cost: What a neuron costs that came for nothing over an idle link, relative to one
+            that is missed, at least 0.
+
+    Raises:
+        ValueError: A number is out of range.
+    """
+
+    layers_ahead: int = 2
+    max_fetches: int = 4
+    margin: float = 0.1
+    displaced_use: float = 0.15
+    programs_per_record: int = 24
+    window_s: float = 150e-6
+    link_bytes_per_s: float | None = None
+    share: float = 0.9
+    review_tokens: int = 64
+    waste_cost: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        for name in ("layers_ahead", "max_fetches", "programs_per_record", "review_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        ranges = {
+            "margin": 0 <= self.margin < 1,
+            "displaced_use": 0 <= self.displaced_use <= 1,
+            "window_s": self.window_s >= 0,
+            "link_bytes_per_s": self.link_bytes_per_s is None or self.link_bytes_per_s > 0,
+            "share": 0 < self.share <= 1,
+            "waste_cost": self.waste_cost >= 0,
+        }
+        for name, holds in ranges.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)}: out of range")
+
+
+def allowance_neurons(*, window_s: float, neurons_per_s: float, share: float) -> int:
+    """How many neurons can travel in a window, in whole chunks."""
+    return int(window_s * neurons_per_s * share) // CHUNK_NEURONS * CHUNK_NEURONS
+
+
+def least_probability(*, allowance: int, num_neurons: int, displaced_use: float) -> float:
+    """From which probability p on a prefetch saves more than it costs.
+
+    A window brings a share a = allowance / F of an expert, at most all of it, and saves p * a
+    experts on the link. If it is not used, the expert that it displaced may have to be fetched
+    anew: (1 - p) * u, where u is `PrefetchOptions.displaced_use`. (If it is used, that one would
+    have had to go for it anyway.) Both are equal at p = u / (a + u).
+
+    Args:
+        allowance: Neurons of one window.
+        num_neurons: F.
+        displaced_use: u.
+
+    Returns:
+        In [0, 1]; infinite where nothing can come.
+    """
+    if not allowance:
+        return float("inf")
+    part = min(1.0, allowance / num_neurons)
+    return displaced_use / (part + displaced_use)

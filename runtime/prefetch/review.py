@@ -1,0 +1,179 @@
+"""Whether prefetching pays, layer by layer: looked at every so many tokens, without a wait.
+
+What decides inside a captured step reads two tensors of the device: each layer's least probability
+(infinite where it is off) and the allowance of a window. The host rewrites both between steps, from
+counters that it has copied some steps before.
+
+**Gain** of a layer, in neurons that did not have to be waited for: what was prefetched and used,
+minus what was displaced for nothing and then missed (F for each), minus a small price for what came
+for nothing (`runtime.device_cache.COUNTERS`). Sums are halved at every review, so that the latest
+count most. A layer whose gain is negative is switched off, and stays so until `Review.reset`:
+without prefetches there is nothing new to judge by.
+
+Shape letters: L MoE layers · F expert FFN inner size · X counters.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from runtime.device_cache import COUNTERS, DeviceCache
+from runtime.prefetch.options import PrefetchOptions, allowance_neurons, least_probability
+
+logger = logging.getLogger(__name__)
+
+_LEAST_EVIDENCE = 2  # experts' worth of neurons, used or wasted, before a layer is judged
+
+
+class _Snapshot(NamedTuple):
+    """Copies under way to the host, and the event after which they are whole (None on a CPU)."""
+
+    counters_LX: Tensor
+    clock_X: Tensor | None
+    done: Any
+
+
+class Review:
+    """Keeps `least_L` and `allowance_1` as good as is known.
+
+    Args:
+        cache: Its counters are read.
+        options: What is set.
+        neurons_per_s: The link's rate.
+        clock_X: What `runtime.kernels.clock` measures, or None: then the allowance stays.
+
+    Attributes:
+        least_L: float32 on the device, the probability from which on a layer prefetches.
+        allowance_1: int32 on the device, neurons of one window.
+        layers_off: Layers where prefetching has lost.
+    """
+
+    def __init__(
+        self,
+        *,
+        cache: DeviceCache,
+        options: PrefetchOptions,
+        neurons_per_s: float,
+        clock_X: Tensor | None = None,
+    ) -> None:
+        self._cache, self._options, self._clock_X = cache, options, clock_X
+        self._neurons_per_s, self._window_s = neurons_per_s, options.window_s
+        num_layers, device = len(cache.memory), cache.present_LE.device
+        self.least_L = torch.zeros(num_layers, device=device)
+        self.allowance_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        self.layers_off: set[int] = set()
+        self._pending: _Snapshot | None = None
+        self._passes = 0
+        self._gain_L = torch.zeros(num_layers, dtype=torch.float64)
+        self._evidence_L = torch.zeros_like(self._gain_L)
+        self._judged_LX = torch.zeros(cache.counters_LX.shape, dtype=torch.int64)
+        self._tell()
+
+    @property
+    def allowance(self) -> int:
+        """Neurons of one window, as the host has set it last."""
+        return allowance_neurons(
+            window_s=self._window_s,
+            neurons_per_s=self._neurons_per_s,
+            share=self._options.share,
+        )
+
+    def after_pass(self) -> None:
+        """A forward pass has been given to the device; call it outside of any capture."""
+        self._passes += 1
+        if self._pending is not None:
+            done = self._pending.done
+            if done is None or done.query():
+                self._judge(self._pending)
+                self._pending = None
+        elif self._passes % self._options.review_tokens == 0:
+            self._pending = self._snapshot()
+
+    def look_now(self) -> None:
+        """Review what there is, waiting for the device; for start-up and idle moments."""
+        pending = self._snapshot()
+        if pending.done is not None:
+            pending.done.synchronize()
+        self._judge(pending)
+        self._pending = None
+
+    def reset(self) -> None:
+        """The cache's counters have been zeroed: judge all layers anew; what is measured stays."""
+        self.layers_off.clear()
+        self._pending, self._passes = None, 0
+        for tensor in (self._gain_L, self._evidence_L, self._judged_LX):
+            tensor.zero_()
+        self._tell()
+
+    def _snapshot(self) -> _Snapshot:
+        counters_LX = self._to_host(self._cache.counters_LX)
+        clock_X = None
+        if self._clock_X is not None:
+            from runtime.kernels.clock import forget_samples
+
+            clock_X = self._to_host(self._clock_X)
+            forget_samples(self._clock_X)
+        done = None
+        if counters_LX.is_pinned():
+            done = torch.cuda.current_stream().record_event()
+        return _Snapshot(counters_LX, clock_X, done)
+
+    def _to_host(self, tensor: Tensor) -> Tensor:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True)
+
+    def _judge(self, snapshot: _Snapshot) -> None:
+        new_LX = snapshot.counters_LX - self._judged_LX
+        self._judged_LX.copy_(snapshot.counters_LX)
+        used_L, wasted_L, regretted_L = (
+            new_LX[:, COUNTERS.index(name)].double()
+            for name in ("used_neurons", "wasted_neurons", "regretted")
+        )
+        num_neurons = self._cache.num_neurons
+        self._gain_L.mul_(0.5).add_(used_L - num_neurons * regretted_L)
+        self._gain_L.sub_(self._options.waste_cost * wasted_L)
+        self._evidence_L.mul_(0.5).add_(used_L + wasted_L + num_neurons * regretted_L)
+        loses_L = (self._gain_L < 0) & (self._evidence_L >= _LEAST_EVIDENCE * num_neurons)
+        if lost := set(loses_L.nonzero().flatten().tolist()) - self.layers_off:
+            self.layers_off |= lost
+            logger.warning(
+                "Prefetching loses in layers %s (%s neurons of late): it is off there",
+                sorted(lost),
+                [round(float(self._gain_L[layer])) for layer in sorted(lost)],
+            )
+        if snapshot.clock_X is not None:
+            self._measure(snapshot.clock_X.tolist())
+        self._tell()
+
+    def _measure(self, clock_X: list[int]) -> None:
+        from runtime.kernels import clock
+
+        if not clock_X[clock.SAMPLES]:
+            return
+        self._window_s = 1e-9 * clock_X[clock.LEAST_WINDOW_NS]
+        if clock_X[clock.COPYING_NS]:
+            rate = clock_X[clock.COPIED_NEURONS] / (1e-9 * clock_X[clock.COPYING_NS])
+            self._neurons_per_s = rate
+        logger.debug(
+            "Between experts the link is idle for %.0f us: %d neurons can travel; steps waited "
+            "%.1f us for them",
+            1e6 * self._window_s,
+            self.allowance,
+            1e-3 * clock_X[clock.LATE_NS] / clock_X[clock.SAMPLES],
+        )
+
+    def _tell(self) -> None:
+        """Write both tensors, in the order of the current stream."""
+        least = least_probability(
+            allowance=self.allowance,
+            num_neurons=self._cache.num_neurons,
+            displaced_use=self._options.displaced_use,
+        )
+        is_cuda = self.least_L.is_cuda
+        least_L = torch.full(self.least_L.shape, least, pin_memory=is_cuda)
+        least_L[sorted(self.layers_off)] = torch.inf
+        allowance_1 = torch.tensor([self.allowance], dtype=torch.int32, pin_memory=is_cuda)
+        self.least_L.copy_(least_L, non_blocking=True)
+        self.allowance_1.copy_(allowance_1, non_blocking=True)

@@ -1,0 +1,95 @@
+"""Who says what the next layers will need: the thin interface between forecasts and prefetches.
+
+A `Source` is asked inside a captured step, on a side stream, so the rules of
+`runtime.policies.base` hold for it: fixed shapes, no waiting, nothing from the host.
+
+Knows nothing of caches, links and copies.
+
+Shape letters: T tokens · L MoE layers · E experts per layer · D hidden.
+"""
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from data.routers import Routers
+
+
+class Now(NamedTuple):
+    """How far a forward pass is.
+
+    Attributes:
+        layer: The layer whose experts have just been computed; -1 before layer 0.
+        num_tokens: T, of the pass.
+        router_input_TD: What that layer's router was given; None before layer 0.
+    """
+
+    layer: int
+    num_tokens: int
+    router_input_TD: Tensor | None = None
+
+
+class Source(Protocol):
+    """Says how likely a layer that is still to come in this pass needs each expert."""
+
+    def next_E(self, layer: int, now: Now) -> Tensor | None:
+        """Probability that any of the pass's tokens needs each expert: float32 [E], in [0, 1].
+
+        Args:
+            layer: After ``now.layer``.
+            now: Where the pass is.
+
+        Returns:
+            None where nothing can be said; which is decided by the arguments' shapes and numbers
+            alone, as a graph replays the decision.
+        """
+        ...
+
+
+class TokenForecast:
+    """What a predictor said of the token before it began, such as `GraphPredictor.next_LE`.
+
+    Args:
+        next_LE: float32, calibrated probabilities that a token uses each expert. Read when asked,
+            and updated in place by whoever owns it. They are means over the rows of a batch, which
+            are taken to be independent: any of T tokens needs an expert with 1 - (1 - p)^T.
+    """
+
+    def __init__(self, next_LE: Tensor) -> None:
+        self._next_LE = next_LE
+
+    def next_E(self, layer: int, now: Now) -> Tensor | None:
+        """As `Source.next_E`, for every layer."""
+        next_E = self._next_LE[layer]
+        return next_E if now.num_tokens == 1 else any_of(next_E, now.num_tokens)
+
+
+class NextRouters:
+    """The routers of the next layers, run on this layer's router input.
+
+    `predictors.router_reuse` on the device, for layers within a pass. Source: MoEpic §3.2. What it
+    says are no probabilities of use, but what is nearest to them without calibration, as there:
+    K times the router's probability, at most 1. An expert that any token needs is needed.
+
+    Args:
+        routers: Of the model that is served.
+        top_k: K.
+        lookahead: How many layers ahead it speaks, at least 1.
+    """
+
+    def __init__(self, routers: Routers, *, top_k: int, lookahead: int = 1) -> None:
+        if lookahead < 1:
+            raise ValueError(f"lookahead={lookahead}: must be at least 1")
+        self._routers, self._top_k, self._lookahead = routers, top_k, lookahead
+
+    def next_E(self, layer: int, now: Now) -> Tensor | None:
+        """As `Source.next_E`; nothing before layer 0, or too far ahead."""
+        if now.router_input_TD is None or layer > now.layer + self._lookahead:
+            return None
+        probs_TE = self._routers.scores_TE(layer, now.router_input_TD).softmax(-1)
+        return 1 - (1 - (self._top_k * probs_TE).clamp_(max=1)).prod(0)
+
+
+def any_of(next_E: Tensor, num_tokens: int) -> Tensor:
+    """The probability of use by any of so many independent tokens."""
+    return 1 - (1 - next_E) ** num_tokens
