@@ -23,9 +23,11 @@ from benchmarks.replay_testbed import ReplayTestbed, filled_store
 from data.schema import Trace, TraceList
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.forecaster import Forecaster
+from predictors.graph import GraphPredictor
 from runtime.cache import ExpertCache
 from runtime.experts import expert_forward
 from runtime.policies import make_policy
+from runtime.prefetch.options import PrefetchOptions
 from tests.devices import KERNEL_DEVICE
 
 TOKENS = 5
@@ -254,6 +256,69 @@ def test_a_row_with_the_cpu_lane_says_what_the_others_say_up_to_rounding() -> No
     assert rows[1].cpu_bytes_per_s > 0 == rows[0].cpu_bytes_per_s
 
 
+def test_prefetching_rows_say_the_same_and_miss_less() -> None:
+    """By a predictor that knows each layer's favourites, and by the truth."""
+    bed = ReplayTestbed(
+        SHAPES["gptoss20b"].small(),
+        device=torch.device("cpu"),
+        num_tokens=TOKENS,
+        dtype=torch.float32,
+    )
+    store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
+    favourites = Favourites(bed.route.ids_NLK, bed.num_experts)
+    options = PrefetchOptions(
+        window_s=2.0, link_bytes_per_s=float(bed.layout.record_bytes), displaced_use=0.4
+    )
+    traffic, said = {}, {}
+    for prefetch_by in ("none", "predictor", "truth"):
+        row = OwnRow(
+            bed,
+            store,
+            "lru",
+            slots=3,
+            predictor=favourites,
+            prefetch_by=prefetch_by,
+            prefetch=options,
+        )
+        said[prefetch_by], _ = decode(row)
+        traffic[prefetch_by] = row.traffic()
+    assert said["none"] == said["predictor"] == said["truth"]
+    assert traffic["none"].prefetched_bytes == 0 < traffic["predictor"].prefetched_bytes
+    assert traffic["truth"].missed_bytes == traffic["truth"].wasted_bytes == 0
+    assert traffic["truth"].hits == traffic["none"].accesses
+    with pytest.raises(ValueError, match="prefetch_by='predictor': name a predictor"):
+        OwnRow(bed, store, "lru", slots=3, prefetch_by="predictor")
+
+
+class Favourites:
+    """Says of every token how often all tokens use each expert."""
+
+    kind = "favourites"
+
+    def __init__(self, ids_NLK: Tensor, num_experts: int) -> None:
+        used_NLE = torch.zeros(*ids_NLK.shape[:2], num_experts).scatter_(2, ids_NLK, 1.0)
+        self._use_LE = used_NLE.mean(0)
+
+    def graph_module(self, *, batch_size: int) -> "FavouritesGraph":
+        return FavouritesGraph(self._use_LE)
+
+
+class FavouritesGraph(GraphPredictor):
+    def __init__(self, use_LE: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("next_LE", use_LE)
+        self.register_buffer("forecast_LE", 2 * use_LE)
+
+    def begin(self) -> None: ...
+
+    def on_token(
+        self, expert_map_BLE: Tensor, token_ids_B: Tensor, next_token_ids_B: Tensor
+    ) -> None: ...
+
+    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
+        return self.next_LE[layer]
+
+
 def trace_of(route: Route, part: slice, name: str) -> Trace:
     """A part of a route as a recorded request."""
     return Trace(
@@ -390,7 +455,7 @@ def test_a_run_measures_every_row_and_the_file_holds_it(
     assert set(told["skipped"]) == {"torch.compile", "accelerate cpu_offload"}
     assert all(rate["median"] > 0 for rate in told["link_bytes_per_s"].values())
     rows = {(row["row"], row["residency"]): row for row in told["rows"]}
-    assert len(rows) == len(told["rows"]) == 8
+    assert len(rows) == len(told["rows"]) == 9
     own = [row for (name, _), row in rows.items() if name.startswith("ours")]
     assert all(row["exact"] and row["finite"] for row in own)
     for name in ("eager", "grouped_mm"):
@@ -402,6 +467,9 @@ def test_a_run_measures_every_row_and_the_file_holds_it(
     for key in ("hit_ratio", "missed_bytes_per_token", "tokens"):
         assert ours[key] == theirs[key]
     assert 0 < ours["hit_ratio"] <= rows["ours, belady", 0.5]["hit_ratio"] < 1
+    told_next = rows["ours, lru + perfect next layer (bound)", 0.5]
+    assert told_next["hit_ratio"] == 1 > ours["hit_ratio"]
+    assert told_next["missed_bytes_per_token"] == 0 < told_next["prefetched_bytes_per_token"]
 
 
 def test_a_row_that_fails_is_told_and_the_others_go_on() -> None:
