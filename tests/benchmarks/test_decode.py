@@ -265,7 +265,7 @@ def test_prefetching_rows_say_the_same_and_miss_less() -> None:
         dtype=torch.float32,
     )
     store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
-    favourites = Favourites(bed.route.ids_NLK, bed.num_experts)
+    favourites = Favourites(bed.routes[0].ids_NLK, bed.num_experts)
     options = PrefetchOptions(
         window_s=2.0, link_bytes_per_s=float(bed.layout.record_bytes), displaced_use=0.4
     )
@@ -312,10 +312,16 @@ class FavouritesGraph(GraphPredictor):
     def begin(self) -> None: ...
 
     def on_token(
-        self, expert_map_BLE: Tensor, token_ids_B: Tensor, next_token_ids_B: Tensor
+        self, expert_map_BLE: Tensor | None, token_ids_B: Tensor, next_token_ids_B: Tensor
     ) -> None: ...
 
-    def on_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_probs_BK: Tensor) -> Tensor:
+    def on_routed(
+        self,
+        layer: int,
+        topk_expert_ids_BK: Tensor,
+        topk_probs_BK: Tensor,
+        out_E: Tensor | None = None,
+    ) -> Tensor:
         return self.next_LE[layer]
 
 
