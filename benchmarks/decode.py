@@ -67,7 +67,8 @@ class Options:
         cpu_lane: Time lfru and the forecaster with the CPU lane, too.
         prefetch: Let the forecaster prefetch, too, and time what a perfect prediction of the next
             layer is worth.
-        layers_ahead: How many layers ahead is prefetched.
+        into_slots: Prefetch into slots, not beside them (`PrefetchOptions.into`).
+        layers_ahead: How many layers ahead, then.
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
@@ -90,6 +91,7 @@ class Options:
     forecaster: bool = True
     cpu_lane: bool = False
     prefetch: bool = True
+    into_slots: bool = False
     layers_ahead: int = 2
     repeats: int = 5
     tokens: int = 64
@@ -171,6 +173,7 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
     elif not ACCELERATE_INSTALLED:
         skipped["accelerate cpu_offload"] = "accelerate is not installed"
     prefetch = PrefetchOptions(
+        into="slots" if options.into_slots else "landing",
         layers_ahead=options.layers_ahead,
         # A CPU only stands in: let a window take any expert whole.
         window_s=150e-6 if device.type == "cuda" else 2.0,

@@ -82,6 +82,7 @@ class GpuExperts:
         self._layers, self._spec, self._store = layers, spec, store
         self._activations = check_experts(layers)
         layout, device = store.layout, store.device
+        options = prefetch or PrefetchOptions()
         self._slots_LCP = [
             torch.empty(count, layout.record_elements, dtype=layout.dtype, device=device)
             for count in slots
@@ -103,11 +104,10 @@ class GpuExperts:
             home_address_LE=store.address_LE,
             max_tokens=MAX_TOKENS,
             device=device,
-            with_prefetch=prefetch_by is not None,
+            with_prefetch=prefetch_by is not None and options.into == "slots",
         )
         self.prefetcher: Prefetcher | None = None
         if prefetch_by is not None and store.is_pinned and min(slots) < spec.num_experts:
-            options = prefetch or PrefetchOptions()
             self.prefetcher = Prefetcher(
                 self.cache, store=store, source=prefetch_by, options=options
             )
@@ -249,7 +249,7 @@ class GpuExperts:
             prefetcher.join_decision()
         if not self._is_decode(num_tokens):
             if prefetcher is not None:
-                prefetcher.join_copies(layer)
+                prefetcher.join_copies(layer, None)
             output_TD = self._prefill.forward(
                 layer,
                 hidden_TD,
@@ -265,7 +265,7 @@ class GpuExperts:
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
         if prefetcher is not None:
-            prefetcher.join_copies(layer)
+            prefetcher.join_copies(layer, active)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
         hidden_TD = hidden_TD.contiguous()
         lane = None

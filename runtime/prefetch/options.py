@@ -4,6 +4,7 @@ Shape letters: F expert FFN inner size.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from runtime.device_cache import CHUNK_NEURONS
 
@@ -13,9 +14,14 @@ class PrefetchOptions:
     """How prefetches are made; the defaults suit a fast GPU.
 
     Args:
+        into: ``landing`` displaces nothing: a buffer beside the slots takes what the next layer is
+            expected to need (`runtime.prefetch.landing`). ``slots`` makes room by the policy's
+            scores, which can pay where windows bring whole experts, or several layers ahead.
         layers_ahead: How many layers after the one that has computed may be fetched for; the
-            nearest takes what it can use of the allowance, and leaves the others the rest.
-        max_fetches: The most experts of a layer in one prefetch.
+            nearest takes what it can use of the allowance, and leaves the others the rest. Only
+            into slots: what lands is the next layer's.
+        max_fetches: The most experts of a layer in one prefetch into slots.
+        landing_records: The most experts that land, and the buffer's size in experts.
         margin: By how much a forecast must exceed that of what it displaces, in [0, 1).
         displaced_use: How likely a displaced expert would have been used before it would have gone
             anyway, in [0, 1]; see `least_probability`.
@@ -31,8 +37,10 @@ class PrefetchOptions:
         ValueError: A number is out of range.
     """
 
+    into: Literal["landing", "slots"] = "landing"
     layers_ahead: int = 2
     max_fetches: int = 4
+    landing_records: int = 1
     margin: float = 0.1
     displaced_use: float = 0.15
     programs_per_record: int = 24
@@ -44,7 +52,12 @@ class PrefetchOptions:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        for name in ("layers_ahead", "max_fetches", "programs_per_record", "review_tokens"):
+        if self.into not in ("landing", "slots"):
+            raise ValueError(f"into={self.into}: must be landing or slots")
+        for name in (
+            *("layers_ahead", "max_fetches", "landing_records"),
+            *("programs_per_record", "review_tokens"),
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         ranges = {
@@ -63,6 +76,11 @@ class PrefetchOptions:
 def allowance_neurons(*, window_s: float, neurons_per_s: float, share: float) -> int:
     """How many neurons can travel in a window, in whole chunks."""
     return int(window_s * neurons_per_s * share) // CHUNK_NEURONS * CHUNK_NEURONS
+
+
+def least_to_land(waste_cost: float) -> float:
+    """From which probability p on landing saves more than it costs: p = (1 - p) * waste_cost."""
+    return waste_cost / (1 + waste_cost)
 
 
 def least_probability(*, allowance: int, num_neurons: int, displaced_use: float) -> float:

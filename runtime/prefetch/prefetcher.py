@@ -1,9 +1,11 @@
 """Prefetching inside a step: between one layer's experts and the next one's, the link works.
 
 After a layer's experts have been computed, the link is idle until the next ones' misses: attention,
-norms and routers need none of it. In that window a side stream decides (`runtime.device_prefetch`)
-and copies (`runtime.kernels.copy`) what a `Source` expects the next layers to need: the nearest
-layer first, the rest of the allowance for those behind it. The main stream waits for the decision
+norms and routers need none of it. In that window a side stream decides and copies
+(`runtime.kernels.copy`) what a `Source` expects the next layers to need: into a buffer that the
+next layer's newcomers are given from (`runtime.prefetch.landing`), or into slots
+(`runtime.device_prefetch`), the nearest layer first, the rest of the allowance for those behind it.
+The main stream waits for the decision
 before anything touches the next layer's books, and for the copies before the next experts compute,
 so that misses never share the link with a guess. The allowance (`runtime.prefetch.review`) is what
 fits into the window, so that there is nothing to wait for.
@@ -21,11 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from runtime.device_cache import DeviceCache
-from runtime.device_prefetch import DevicePrefetch
+from runtime.device_cache import Active, DeviceCache
+from runtime.device_prefetch import Copies, DevicePrefetch
 from runtime.kernels.copy import copy_records
 from runtime.link import seconds_of
 from runtime.pinned_store import PinnedStore
+from runtime.prefetch.landing import Landing
 from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.review import Review
 from runtime.prefetch.sources import Now, Source
@@ -35,7 +38,8 @@ class Prefetcher:
     """Prefetches for a cache on the device.
 
     Args:
-        cache: Built `with_prefetch`, and empty: the link is measured by copying into a slot.
+        cache: Empty, since the link is measured by copying into a slot; built `with_prefetch`,
+            unless prefetches land beside the slots.
         store: The experts at home, page-locked.
         source: Who says what is needed.
         options: What is set.
@@ -50,9 +54,15 @@ class Prefetcher:
         layout, device = store.layout, store.device
         num_layers, num_experts = cache.present_LE.shape
         self._cache, self._source, self._options = cache, source, options
-        self._decide = DevicePrefetch(
-            cache, layout=layout, max_fetches=min(options.max_fetches, num_experts)
-        )
+        self._landing: Landing | None = None
+        self._into_slots: DevicePrefetch | None = None
+        if options.into == "landing":
+            pieces = min(options.landing_records, num_experts)
+            self._landing = Landing(cache, layout=layout, pieces=pieces)
+        else:
+            self._into_slots = DevicePrefetch(
+                cache, layout=layout, max_fetches=min(options.max_fetches, num_experts)
+            )
         bytes_per_s = options.link_bytes_per_s or _copies_bytes_per_s(cache, store, options)
         self._left_1 = torch.zeros(1, dtype=torch.int32, device=device)
         self._clock_X: Tensor | None = None
@@ -69,7 +79,9 @@ class Prefetcher:
             options=options,
             neurons_per_s=bytes_per_s * layout.expert_intermediate_size / layout.record_bytes,
             clock_X=self._clock_X,
+            max_neurons=None if self._landing is None else self._landing.max_neurons,
         )
+        self._landed_for = -1  # the layer that the landing buffer is for
         self._decided: Any = None
         self._copied: Any = None
         # What the side stream reads of the main one's memory, which would use it again otherwise.
@@ -82,29 +94,12 @@ class Prefetcher:
             now: Its layer's experts have been given to the current stream, or it is -1 and
                 `DeviceCache.advance` has.
         """
-        last = min(now.layer + self._options.layers_ahead, len(self._cache.memory) - 1)
-        targets = range(now.layer + 1, last + 1)
-        if not targets:
+        ahead = 1 if self._landing is not None else self._options.layers_ahead
+        last = min(now.layer + ahead, len(self._cache.memory) - 1)
+        if now.layer == last:
             return
         with self._on_side():
-            copies = []
-            allowance_1 = self.review.allowance_1
-            for layer in targets:
-                next_E = self._source.next_E(layer, now)
-                if next_E is None:
-                    continue
-                copies.append(
-                    self._decide.fetch(
-                        layer,
-                        next_E >= self.review.least_L[layer],
-                        next_E,
-                        margin=self._options.margin,
-                        victims_by_E=self._cache.keep_LE[layer],
-                        allowance_1=allowance_1,
-                        left_1=self._left_1,
-                    )
-                )
-                allowance_1 = self._left_1
+            copies = self._decide(now, range(now.layer + 1, last + 1))
             self._decided = self._mark()
             if copies:
                 self._stamp("STARTED", now.layer)
@@ -120,12 +115,55 @@ class Prefetcher:
         self._join(self._decided)
         self._decided = None
 
-    def join_copies(self, layer: int) -> None:
-        """Let the current stream wait until the copies are done; ``layer`` computes next."""
+    def join_copies(self, layer: int, active: Active | None) -> None:
+        """Let the current stream wait until the copies are done; ``layer`` computes next.
+
+        Args:
+            layer: The layer.
+            active: What its event needs; None where kernels do not serve it.
+        """
         if self._copied is not None:
             self._stamp("ARRIVED", layer - 1)
         self._join(self._copied)
+        if self._landing is not None and active is not None and self._landed_for == layer:
+            self._landing.claim(layer, active)
+        self._landed_for = -1
         self._copied = self._held = None
+
+    def _decide(self, now: Now, layers: range) -> list[Copies]:
+        """What is to be copied for these layers."""
+        copies, review = [], self.review
+        allowance_1 = review.allowance_1
+        for layer in layers:
+            next_E = self._source.next_E(layer, now)
+            if next_E is None:
+                continue
+            least_1 = review.least_L[layer : layer + 1]
+            if self._landing is not None:
+                copies.append(
+                    self._landing.fetch(
+                        layer,
+                        next_E,
+                        least_1=least_1,
+                        allowance_1=allowance_1,
+                        left_1=self._left_1,
+                    )
+                )
+                self._landed_for = layer
+            elif self._into_slots is not None:
+                copies.append(
+                    self._into_slots.fetch(
+                        layer,
+                        next_E >= least_1,
+                        next_E,
+                        margin=self._options.margin,
+                        victims_by_E=self._cache.keep_LE[layer],
+                        allowance_1=allowance_1,
+                        left_1=self._left_1,
+                    )
+                )
+            allowance_1 = self._left_1
+        return copies
 
     @contextmanager
     def _on_side(self) -> Iterator[None]:

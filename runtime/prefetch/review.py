@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from runtime.device_cache import COUNTERS, DeviceCache
-from runtime.prefetch.options import PrefetchOptions, allowance_neurons, least_probability
+from runtime.prefetch.options import (
+    PrefetchOptions,
+    allowance_neurons,
+    least_probability,
+    least_to_land,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +48,7 @@ class Review:
         options: What is set.
         neurons_per_s: The link's rate.
         clock_X: What `runtime.kernels.clock` measures, or None: then the allowance stays.
+        max_neurons: More never travel in a window.
 
     Attributes:
         least_L: float32 on the device, the probability from which on a layer prefetches.
@@ -57,7 +63,9 @@ class Review:
         options: PrefetchOptions,
         neurons_per_s: float,
         clock_X: Tensor | None = None,
+        max_neurons: int | None = None,
     ) -> None:
+        self._max_neurons = max_neurons
         self._cache, self._options, self._clock_X = cache, options, clock_X
         self._neurons_per_s, self._window_s = neurons_per_s, options.window_s
         num_layers, device = len(cache.memory), cache.present_LE.device
@@ -74,11 +82,12 @@ class Review:
     @property
     def allowance(self) -> int:
         """Neurons of one window, as the host has set it last."""
-        return allowance_neurons(
+        neurons = allowance_neurons(
             window_s=self._window_s,
             neurons_per_s=self._neurons_per_s,
             share=self._options.share,
         )
+        return neurons if self._max_neurons is None else min(neurons, self._max_neurons)
 
     def after_pass(self) -> None:
         """A forward pass has been given to the device; call it outside of any capture."""
@@ -166,11 +175,14 @@ class Review:
 
     def _tell(self) -> None:
         """Write both tensors, in the order of the current stream."""
-        least = least_probability(
-            allowance=self.allowance,
-            num_neurons=self._cache.num_neurons,
-            displaced_use=self._options.displaced_use,
-        )
+        if self._options.into == "landing":
+            least = least_to_land(self._options.waste_cost)
+        else:
+            least = least_probability(
+                allowance=self.allowance,
+                num_neurons=self._cache.num_neurons,
+                displaced_use=self._options.displaced_use,
+            )
         is_cuda = self.least_L.is_cuda
         least_L = torch.full(self.least_L.shape, least, pin_memory=is_cuda)
         least_L[sorted(self.layers_off)] = torch.inf

@@ -21,6 +21,7 @@ def options(*, neurons: int = NEURONS, **changed) -> PrefetchOptions:
     """With a window that lets so many neurons of `experts`' records come, without measuring."""
     record_bytes = NEURONS * 3 * 32 * 4
     given = {
+        "into": "slots",
         "window_s": 1.0,
         "share": 1.0,
         "link_bytes_per_s": record_bytes * max(neurons, 1) / NEURONS,

@@ -12,10 +12,11 @@ from runtime.prefetch.options import PrefetchOptions, allowance_neurons, least_p
     [
         *(("layers_ahead", 0), ("max_fetches", 0), ("review_tokens", 0), ("margin", -0.1)),
         *(("margin", 1.0), ("displaced_use", 1.5), ("window_s", -1.0), ("share", 0.0)),
+        *(("into", "cache"), ("landing_records", 0)),
         *(("link_bytes_per_s", 0.0), ("waste_cost", -1.0), ("programs_per_record", 0)),
     ],
 )
-def test_a_number_out_of_range_is_named(name: str, value: float) -> None:
+def test_a_number_out_of_range_is_named(name: str, value: float | str) -> None:
     with pytest.raises(ValueError, match=f"{name}={value}"):
         PrefetchOptions(**{name: value})
 

@@ -204,8 +204,10 @@ def test_nothing_is_prefetched_where_all_is_resident_or_home_cannot_be_read() ->
     assert experts(source=None).prefetcher is None
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "deepseek_v3"])
-def test_generating_with_the_next_routers_says_the_same(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "into"), [("qwen3_moe", "slots"), ("gpt_oss", "landing"), ("deepseek_v3", "landing")]
+)
+def test_generating_with_the_next_routers_says_the_same(family: str, into: str) -> None:
     """Through the hooks of the model, recorded steps and all."""
     sizes = {"moe_intermediate_size": 64} if family != "gpt_oss" else {"intermediate_size": 128}
     model = tiny_model(family, **sizes)
@@ -228,7 +230,7 @@ def test_generating_with_the_next_routers_says_the_same(family: str) -> None:
         policy=make_policy("lru"),
         device=torch.device(KERNEL_DEVICE),
         prefetch_by=NextRouters(Routers(model), top_k=spec.top_k, lookahead=2),
-        prefetch=options(neurons=4 * NEURONS, review_tokens=2),
+        prefetch=options(neurons=4 * NEURONS, review_tokens=2, into=into, landing_records=2),
     )
     assert isinstance(backend.prefetcher, Prefetcher)
     with Offload(

@@ -19,9 +19,8 @@ def review_of(**given):
     cache = make(
         make_policy("lru"), slots=[2, 2], num_experts=4, top_k=1, kernels=False, with_prefetch=True
     )
-    options = PrefetchOptions(
-        **{"window_s": 1e-3, "share": 1.0, "review_tokens": 2, **given.pop("options", {})}
-    )
+    given_options = {"into": "slots", "window_s": 1e-3, "share": 1.0, "review_tokens": 2}
+    options = PrefetchOptions(**{**given_options, **given.pop("options", {})})
     return cache, Review(cache=cache, options=options, neurons_per_s=128e3, **given)
 
 
@@ -105,3 +104,9 @@ def test_windows_and_rates_that_are_measured_make_the_allowance() -> None:
     assert review.allowance_1.tolist() == [192]
     review.reset()
     assert review.allowance == 192, "what is measured stays"
+
+
+def test_what_lands_displaces_nothing_and_may_be_less_sure() -> None:
+    _, review = review_of(options={"into": "landing", "waste_cost": 0.25}, max_neurons=64)
+    assert review.least_L.tolist() == pytest.approx([0.2] * 2)
+    assert review.allowance_1.tolist() == [64]
