@@ -31,7 +31,7 @@ class Traffic:
         hits: Those that were resident at router time.
         missed_bytes: Bytes that were needed and absent: they crossed the link, or `cpu_bytes`.
         prefetched_bytes: Bytes that crossed it ahead of their use.
-        wasted_bytes: Those of them that were evicted unused.
+        wasted_bytes: Those of them that nobody needed while they were there.
         cpu_bytes: Those of the missed ones that the host computed with instead.
     """
 

@@ -49,7 +49,7 @@ class OffloadStats:
         cpu_lane_on: Whether it is asked for a part of what is missing; False means that it fell
             behind or did not answer. None where there is no CPU lane.
         prefetched_bytes: Bytes that decode steps brought ahead of their use.
-        wasted_bytes: Those of them that were evicted unused.
+        wasted_bytes: Those of them that nobody needed while they were there.
         prefetch_layers_off: Layers where prefetching has lost, and is off.
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
