@@ -305,7 +305,7 @@ class ForecasterGraph(GraphPredictor):
 
     def _rows(self, token_ids: Tensor) -> Tensor:
         """The tokens' embedding rows."""
-        row = torch.searchsorted(self.token_ids_V, token_ids)
+        row = torch.searchsorted(self.token_ids_V, token_ids.contiguous())
         return row.masked_fill(self.token_ids_V[row] != token_ids, self._num_known)
 
     def _see(self, next_and_last_B2: Tensor, row_before_B1: Tensor) -> None:

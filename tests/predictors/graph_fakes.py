@@ -1,0 +1,95 @@
+"""A predictor that says the same on the host and inside a graph, to the bit."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from predictors.base import Forecast, Request, State
+from predictors.graph import GraphPredictor
+from tests.fakes import ScriptedPredictor
+
+KEPT = 0.75  # of the past, per token; sums of such numbers are exact for a while
+ID_STEP = 2.0**-7  # what a token's id adds: who is shown other ids, forecasts otherwise
+
+
+class Habit(ScriptedPredictor):
+    """Expects the last token's map next, and afterwards an average of all maps, and of ids."""
+
+    kind = "habit"
+    moments = frozenset({"request", "token", "routed"})
+
+    def __init__(self) -> None:
+        super().__init__(gamma=0.8)
+
+    def on_request(self, state: State, request: Request) -> Forecast | None:
+        spec = self.fitted_spec()
+        zeros_LE = torch.zeros(spec.num_layers, spec.num_experts)
+        state.forecast = Forecast(zeros_LE, zeros_LE)
+        return state.forecast
+
+    def on_token(
+        self,
+        state: State,
+        expert_map_LE: Tensor,
+        *,
+        token_id: int | None = None,
+        next_token_id: int | None = None,
+    ) -> Forecast | None:
+        assert state.forecast is not None
+        state.num_tokens += 1
+        past_LE = state.forecast.forecast_LE - state.forecast.next_LE
+        shift_E = torch.arange(past_LE.shape[1]) * ID_STEP
+        shown = (-1 if token_id is None else token_id) + 3 * (next_token_id or 0)
+        later_LE = KEPT * past_LE + (1 - KEPT) * expert_map_LE + (shown % 5) * shift_E
+        state.forecast = Forecast(torch.zeros_like(later_LE), later_LE)
+        return state.forecast
+
+    def on_routed(self, state: State, layer: int, router_probs_E: Tensor) -> Tensor | None:
+        assert state.forecast is not None
+        used_K = router_probs_E.topk(self.fitted_spec().top_k).indices
+        used_E = torch.zeros_like(router_probs_E).scatter_(0, used_K, 1.0)
+        return state.forecast.forecast_LE[layer] + 2.0 * used_E
+
+    def graph_module(self, *, batch_size: int, **options: Any) -> GraphPredictor:
+        spec = self.fitted_spec()
+        return HabitGraph(batch_size, spec.num_layers, spec.num_experts)
+
+
+class HabitGraph(GraphPredictor):
+    """The same for B rows."""
+
+    past_BLE: Tensor
+    shift_E: Tensor
+
+    def __init__(self, batch_size: int, num_layers: int, num_experts: int) -> None:
+        super().__init__()
+        shape_LE = (num_layers, num_experts)
+        self.register_buffer("next_LE", torch.zeros(shape_LE))
+        self.register_buffer("forecast_LE", torch.zeros(shape_LE))
+        self.register_buffer("past_BLE", torch.zeros(batch_size, *shape_LE))
+        self.register_buffer("shift_E", torch.arange(num_experts) * ID_STEP)
+
+    def begin(self) -> None:
+        self.past_BLE.zero_()
+        self.forecast_LE.zero_()
+
+    def on_token(
+        self, expert_map_BLE: Tensor | None, token_ids_B: Tensor, next_token_ids_B: Tensor
+    ) -> None:
+        assert expert_map_BLE is not None
+        shown_B = (token_ids_B + 3 * next_token_ids_B).remainder(5)
+        self.past_BLE.mul_(KEPT).add_((1 - KEPT) * expert_map_BLE)
+        self.past_BLE.add_(shown_B[:, None, None] * self.shift_E)
+        self.forecast_LE.copy_(self.past_BLE.mean(0))
+
+    def on_routed(
+        self,
+        layer: int,
+        topk_expert_ids_BK: Tensor,
+        topk_probs_BK: Tensor,
+        out_E: Tensor | None = None,
+    ) -> Tensor:
+        used_BE = torch.zeros_like(self.past_BLE[:, layer])
+        used_BE.scatter_(1, topk_expert_ids_BK, 1.0)
+        return (self.past_BLE[:, layer] + 2.0 * used_BE).mean(0)
