@@ -54,6 +54,11 @@ class OffloadStats:
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
         eager_calls: Why forward passes did not, and how many each.
+        predictor: Kind of the predictor whose forecasts are asked for; None if none is.
+        predictor_failed: Whether it has raised and is switched off; `policy` "lfru" goes on then.
+        forecasts_used: Forward passes that had a forecast to go by.
+        forecast_age_tokens: Summed over those: tokens of each request that were fed since the last
+            one that the forecast knew. 0 but for predictors on a thread of their own.
     """
 
     hits: int
@@ -71,6 +76,10 @@ class OffloadStats:
     graph_captures: int = 0
     graph_replays: int = 0
     eager_calls: Mapping[str, int] = field(default_factory=dict)
+    predictor: str | None = None
+    predictor_failed: bool = False
+    forecasts_used: int = 0
+    forecast_age_tokens: int = 0
 
     @property
     def hit_ratio(self) -> float:
@@ -86,10 +95,13 @@ class Backend(Protocol):
 
     Attributes:
         max_graph_tokens: The most tokens of a step that a graph can capture; None if none can.
+        device: Where its books are kept, if that is not the host: then neither routing nor
+            forecasts may pass through the host within a step.
         events: The cache's log, where one is kept.
     """
 
     max_graph_tokens: int | None
+    device: torch.device | None
 
     @property
     def events(self) -> list[Event]:
@@ -111,6 +123,14 @@ class Backend(Protocol):
 
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """Say what later use to expect: float32 [L, E], or [E] of one layer."""
+        ...
+
+    def use_policy(self, policy: Policy) -> None:
+        """Keep by another policy from here on, one that reads no forecasts."""
+        ...
+
+    def reset(self) -> None:
+        """Forget everything that was served: empty slots, no counts."""
         ...
 
     def stats(self) -> OffloadStats:
@@ -136,6 +156,7 @@ class CpuBackend:
     """
 
     max_graph_tokens: int | None = None
+    device: torch.device | None = None
 
     def __init__(
         self,
@@ -216,6 +237,16 @@ class CpuBackend:
         assert self._executor is not None
         slots = self._make_ready(layer, used_experts(topk_expert_ids_TK, self._spec.num_experts))
         return self._executor.compute(layer, hidden_TD, topk_expert_ids_TK, topk_weights_TK, slots)
+
+    def use_policy(self, policy: Policy) -> None:
+        """As `Backend.use_policy`; what it reads of the past is counted from now on."""
+        self._cache.policy = policy
+
+    def reset(self) -> None:
+        """As `Backend.reset`."""
+        self._cache.reset()
+        self._counters = Counters(self._spec.num_layers)
+        self._stall_s = 0.0
 
     def stats(self) -> OffloadStats:
         """As `Backend.stats`."""

@@ -128,6 +128,7 @@ class DecodeGraph:
         recorder: Captures the steps.
         max_batch: The most rows of a step that is captured.
         compiled: The model's layers, for the steps that are captured; None leaves them as they are.
+        hold: Asked before each step: why it must run as it is; None if it need not.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class DecodeGraph:
         recorder: Recorder,
         max_batch: int,
         compiled: CompiledLayers | None = None,
+        hold: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._model = model
         self._recorder = recorder
@@ -144,6 +146,8 @@ class DecodeGraph:
         self._compiled: Callable[[], AbstractContextManager[None]] = (
             nullcontext if compiled is None else compiled.in_use
         )
+        self._hold = hold
+        self._is_stale = False
         self._eager: Callable[..., Any] = model.forward
         self._steps: dict[Any, _Step] = {}
         self._failed: dict[Any, str] = {}
@@ -172,6 +176,10 @@ class DecodeGraph:
             graph_replays=self._replays,
             eager_calls=dict(self._eager_calls),
         )
+
+    def forget(self) -> None:
+        """Capture steps anew, since what they consist of has changed; also from within a step."""
+        self._is_stale = True
 
     def remove(self) -> None:
         """Give the model its own methods back, and free graphs and KV cache."""
@@ -221,6 +229,10 @@ class DecodeGraph:
         return self._kv.take(text_config, batch_size=batch_size, max_cache_len=max_cache_len)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_stale:
+            self._steps.clear()
+            self._failed.clear()
+            self._is_stale = False
         reason = self._why_eager(args, kwargs)
         if reason is None:
             cache = kwargs["past_key_values"]
@@ -290,7 +302,7 @@ class DecodeGraph:
             return f"more than {self._max_batch} rows"
         if self._model.training or torch.is_grad_enabled():
             return "gradients or training mode"
-        if reason := why_not_capturable(kwargs.get("past_key_values")):
+        if reason := self._hold() or why_not_capturable(kwargs.get("past_key_values")):
             return reason
         for name, value in kwargs.items():
             is_asked = value is True and (name.startswith("output_") or name == "labels")

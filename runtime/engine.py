@@ -13,6 +13,7 @@ predictor through an `Observer`. One forward pass at a time; no gradient flows t
 Shape letters: T tokens · E experts per layer · K experts per token · D hidden · C slots.
 """
 
+import dataclasses
 import inspect
 import logging
 from collections.abc import Sequence
@@ -25,24 +26,32 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from data.adapters import MoELayer, expert_parameters, moe_layers, spec_of
-from data.errors import SpecMismatchError
+from data.adapters import MoELayer, moe_layers, spec_of
 from data.schema import MoESpec
-from predictors.base import Forecast, Predictor
+from predictors.base import Predictor
+from runtime.attach_checks import (
+    NAME_PREFIX,
+    check_foresight,
+    check_gpu_options,
+    check_model,
+    check_spec,
+    slots_per_layer,
+)
 from runtime.backend import Backend, CpuBackend, OffloadStats
-from runtime.budget import check_slots, slots_for_bytes
 from runtime.cache import Event
 from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, recorder_for
+from runtime.device_passes import DevicePasses
+from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
+from runtime.gpu_memory import context_of
+from runtime.graph_forecasts import device_bytes
 from runtime.observer import Observer
 from runtime.policies import make_policy
-from runtime.policies.base import Policy, later_use
-from runtime.prefill_chunks import chunked_prefill
+from runtime.policies.base import Policy
+from runtime.prefill_chunks import chunked_prefill, try_prefill
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
-
-_NAME_PREFIX = "moecast-"  # of the names under which models' expert functions are registered
 
 
 class Offload:
@@ -67,11 +76,12 @@ class Offload:
         self.slots = slots
         self._backend = backend
         self._layer_of = {moe.experts: moe.layer for moe in layers}
-        self._observer: Observer | None = None
+        self._observer: Observer | DevicePasses | None = None
+        self._forecasts: ForecastCounts | None = None
         self._graph: DecodeGraph | None = None
         self._undo = ExitStack()
         self._attached = True
-        self._name = f"{_NAME_PREFIX}{id(self):x}"
+        self._name = f"{NAME_PREFIX}{id(self):x}"
         configs: dict[int, Any] = {id(moe.experts.config): moe.experts.config for moe in layers}
         self._implementations: list[tuple[Any, str | None]] = [
             (config, config._experts_implementation) for config in configs.values()
@@ -85,6 +95,14 @@ class Offload:
     def stats(self) -> OffloadStats:
         """The counters as they are now; readable after `detach`, too."""
         stats = self._backend.stats()
+        if (counts := self._forecasts) is not None:
+            stats = dataclasses.replace(
+                stats,
+                predictor=counts.predictor,
+                predictor_failed=counts.is_off,
+                forecasts_used=counts.used,
+                forecast_age_tokens=counts.age_tokens,
+            )
         return stats if self._graph is None else self._graph.add_to(stats)
 
     def begin_request(self, *prompts: str) -> None:
@@ -147,24 +165,64 @@ class Offload:
     def _capture_decoding(
         self, model: nn.Module, *, max_batch: int, compiled: CompiledLayers | None = None
     ) -> None:
+        def hold() -> str | None:
+            observer = self._observer
+            return observer.why_not_captured() if isinstance(observer, DevicePasses) else None
+
         self._graph = DecodeGraph(
-            model, recorder=recorder_for(model), max_batch=max_batch, compiled=compiled
+            model,
+            recorder=recorder_for(model),
+            max_batch=max_batch,
+            compiled=compiled,
+            hold=hold,
         )
 
+    def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
+        """Serve a prompt that means nothing, to see that memory holds it, and forget it."""
+        try:
+            trial = try_prefill(
+                model, tokens, context_tokens=context_of(model), planned_bytes=planned_bytes
+            )
+        except torch.OutOfMemoryError as error:
+            raise ValueError(
+                f"slots={sorted(set(self.slots))} leave no room for {tokens} tokens of a prompt "
+                f"and a context of {context_of(model)} ({error}): give fewer slots or a smaller "
+                "budget_bytes, or serve shorter prompts only and give trial_tokens=0"
+            ) from error
+        self._backend.reset()
+        logger.info("A prompt was tried: %s", trial)
+        if (over := trial.peak_over_plan) is not None and over > 1:
+            logger.warning(
+                "The longest prompt takes %.1f %% more memory than budget_bytes says: give fewer "
+                "slots than %s if that is too much",
+                100 * (over - 1),
+                sorted(set(self.slots)),
+            )
+
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
-        def keep(forecast: Forecast) -> None:
-            self._backend.expect(later_use(forecast))
-
-        def keep_layer(layer: int, later_E: Tensor) -> None:
-            self._backend.expect(later_E, layer)
-
-        self._observer = Observer(
+        self._forecasts = ForecastCounts(predictor.kind)
+        self._observer = make_observer(
             model=model,
             layers=layers,
             predictor=predictor,
-            on_forecast=keep,
-            on_later=keep_layer,
+            backend=self._backend,
+            counts=self._forecasts,
+            on_failure=self._go_without_forecasts,
         )
+
+    def _go_without_forecasts(self, error: Exception) -> None:
+        """The predictor has failed: keep what is worth keeping by a policy that needs none."""
+        assert self._forecasts is not None
+        self._forecasts.is_off = True
+        logger.warning(
+            "Predictor %s has failed and is switched off; policy %s from here on",
+            self._forecasts.predictor,
+            FALLBACK_POLICY,
+            exc_info=error,
+        )
+        self._backend.use_policy(make_policy(FALLBACK_POLICY))
+        if self._graph is not None:
+            self._graph.forget()
 
     @torch.no_grad()
     def _experts_forward(
@@ -182,6 +240,8 @@ class Offload:
         layer = self._layer_of.get(experts)
         if layer is None:
             return self._stock_forward(experts, hidden_states, top_k_index, top_k_weights)
+        if isinstance(self._observer, DevicePasses):
+            self._observer.routed(layer, top_k_index, top_k_weights)
         return self._backend.forward(layer, hidden_states, top_k_index, top_k_weights)
 
     def _stock_forward(self, experts: nn.Module, *arguments: Tensor) -> Tensor:
@@ -210,6 +270,7 @@ def attach(
     record_events: bool = False,
     compile_layers: bool = False,
     cpu_lane: bool | Literal["auto"] = False,
+    trial_tokens: int | None = None,
 ) -> Offload:
     """Serve ``model`` with only some of its experts in memory; its outputs stay the same.
 
@@ -226,8 +287,12 @@ def attach(
         policy: What to keep: a name of `runtime.policies.POLICIES`, or a policy.
         slots: Resident experts per MoE layer: one number, or one per layer.
         budget_bytes: Instead of ``slots``: memory such as "12GiB". On a CPU that of all slots; on a
-            GPU that of everything: other weights, KV cache, activations, workspace and slots.
-        predictor: A fitted predictor for this model; what policies that read forecasts read.
+            GPU that of everything: other weights, KV cache, activations, workspace, what a
+            predictor takes there, and slots.
+        predictor: A fitted predictor for this model; what policies that read forecasts read. On a
+            GPU it runs inside the graph if it can (`Predictor.graph_module`), or else on a thread
+            that no forward pass waits for. If it fails it is switched off, and policy "lfru" goes
+            on; `OffloadStats` says so.
         device: Where to serve; by default where the model is. "cuda" takes a model that is on the
             CPU to the GPU until `Offload.detach`.
         store_dir: Where stores live, to be found again by the next run. By default a temporary
@@ -241,6 +306,9 @@ def attach(
         cpu_lane: On a GPU, let processor cores compute a part of what a decode step misses while
             the link carries the rest; they spin while decoding. "auto" takes it where it wins.
             Outputs are then exact to rounding, but no longer the same bits at every residency.
+        trial_tokens: Only for a GPU: serve a prompt of so many tokens, beside a KV cache of the
+            whole context, before anything else, so that what does not fit fails now; 0 = do not. By
+            default one chunk where ``budget_bytes`` is given: no prompt takes more memory.
 
     Raises:
         NotAMoEError: The model is dense, or its family bypasses transformers' ExpertsInterface.
@@ -249,21 +317,23 @@ def attach(
     """
     layers = moe_layers(model)
     spec = spec_of(model)
-    target = _check_model(model, layers, device)
+    target = check_model(model, layers, device)
     policy = make_policy(policy) if isinstance(policy, str) else policy
-    _check_foresight(policy, predictor)
+    check_foresight(policy, predictor)
     if predictor is not None:
-        _check_spec(predictor, spec)
-    backend: Backend
+        check_spec(predictor, spec)
+    generates = getattr(model, "generation_config", None) is not None
     if target.type == "cpu":
         if compile_layers:
             raise ValueError("compile_layers=True: only for a GPU, leave it out on a CPU")
         if cpu_lane is True:
             raise ValueError("cpu_lane=True: experts are served by the CPU anyway; leave it out")
-        num_slots = _slots_per_layer(spec, slots, budget_bytes)
+        if trial_tokens:
+            raise ValueError(f"trial_tokens={trial_tokens}: prompts are tried on a GPU only")
+        num_slots = slots_per_layer(spec, slots, budget_bytes)
         if predictor is not None:
             predictor.bind(model)
-        backend = CpuBackend.build(
+        backend: Backend = CpuBackend.build(
             layers=layers,
             spec=spec,
             slots=num_slots,
@@ -271,20 +341,23 @@ def attach(
             store_dir=store_dir,
             record_events=record_events,
         )
+        planned_bytes = None
     else:
+        check_gpu_options(target, store_dir=store_dir, record_events=record_events)
         from runtime.gpu_experts import GpuExperts  # its kernels need triton
-        from runtime.gpu_memory import CHUNK_TOKENS, gpu_slots_for_bytes
+        from runtime.gpu_memory import CHUNK_TOKENS, allocated_bytes, gpu_slots_for_bytes
 
-        if predictor is not None or store_dir is not None or record_events:
-            raise ValueError(
-                f"predictor={predictor and predictor.kind}, store_dir={store_dir}, "
-                f"record_events={record_events}: not yet supported on {target}; leave them out"
-            )
+        planned_bytes = None
         if budget_bytes is not None and slots is None:
             budget = parse_bytes(budget_bytes)
-            slots = gpu_slots_for_bytes(model, layers, spec, budget, device=target)
+            forecast_bytes = 0 if predictor is None else device_bytes(predictor)
+            slots = gpu_slots_for_bytes(
+                model, layers, spec, budget, device=target, predictor_bytes=forecast_bytes
+            )
+            planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
+            trial_tokens = CHUNK_TOKENS if trial_tokens is None else trial_tokens
             budget_bytes = None
-        num_slots = _slots_per_layer(spec, slots, budget_bytes)
+        num_slots = slots_per_layer(spec, slots, budget_bytes)
         backend = GpuExperts.build(
             model=model,
             layers=layers,
@@ -295,15 +368,22 @@ def attach(
             cpu_lane=cpu_lane,
         )
     offload = Offload(layers=layers, spec=spec, slots=num_slots, backend=backend)
-    if predictor is not None and policy.foresight == "forecast":
-        offload._observe(model, layers, predictor)
-    offload._install()
-    generates = getattr(model, "generation_config", None) is not None
-    if target.type == "cuda" and generates:
-        offload._cut_prompts(model, CHUNK_TOKENS)
-    if backend.max_graph_tokens is not None and generates:
-        compiled = CompiledLayers(model) if compile_layers else None
-        offload._capture_decoding(model, max_batch=backend.max_graph_tokens, compiled=compiled)
+    try:
+        offload._install()
+        if target.type == "cuda" and generates:
+            offload._cut_prompts(model, CHUNK_TOKENS)
+        if backend.max_graph_tokens is not None and generates:
+            compiled = CompiledLayers(model) if compile_layers else None
+            offload._capture_decoding(model, max_batch=backend.max_graph_tokens, compiled=compiled)
+        if trial_tokens and generates:
+            offload._try_prompt(model, trial_tokens, planned_bytes)
+        if predictor is not None and target.type == "cuda":
+            predictor.bind(model)  # now that it is where it runs
+        if predictor is not None and policy.foresight == "forecast":
+            offload._observe(model, layers, predictor)
+    except BaseException:
+        offload.detach()
+        raise
     logger.info(
         "Attached %s on %s: %s slots per layer, policy %s",
         spec.describe(),
@@ -312,79 +392,3 @@ def attach(
         policy.name,
     )
     return offload
-
-
-def _check_model(
-    model: nn.Module, layers: Sequence[MoELayer], device: torch.device | str | None
-) -> torch.device:
-    """Where to serve; ValueError if the model is attached already or lies where it cannot be."""
-    homes = {parameter.device for parameter in model.parameters()}
-    for moe in layers:
-        config: Any = moe.experts.config
-        if str(config._experts_implementation).startswith(_NAME_PREFIX):
-            raise ValueError(
-                "the model, or one on the same config object, is attached already: detach it first"
-            )
-        for name, parameter in expert_parameters(moe.experts):
-            if parameter.device.type not in ("cpu", "cuda"):
-                raise ValueError(
-                    f"{name} of layer {moe.layer} is on {parameter.device}: experts are served "
-                    "from the CPU or a CUDA device; load the model on one of them"
-                )
-    if len(homes) > 1:
-        raise ValueError(f"the model is on {sorted(map(str, homes))}: load it on one device")
-    home = homes.pop()
-    target = home if device is None else torch.device(device)
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={device}: there is no CUDA device that torch can use")
-    if target.type == "cuda" and target.index is None:
-        target = torch.device("cuda", torch.cuda.current_device())
-    if target.type not in ("cpu", "cuda") or (home.type == "cuda" and target != home):
-        raise ValueError(
-            f"device={device} with a model on {home}: it can be served where it is, or from the "
-            "CPU on a CUDA device"
-        )
-    return target
-
-
-def _slots_per_layer(
-    spec: MoESpec, slots: int | Sequence[int] | None, budget_bytes: int | str | None
-) -> tuple[int, ...]:
-    """C of each layer, as told or as the budget pays for."""
-    if (slots is None) == (budget_bytes is None):
-        raise ValueError(
-            f"slots={slots} and budget_bytes={budget_bytes}: give exactly one of them; "
-            f"{spec.describe()} can have {spec.top_k}..{spec.num_experts} slots per layer"
-        )
-    if budget_bytes is not None:
-        slots = slots_for_bytes(parse_bytes(budget_bytes), spec)
-    given = (slots,) * spec.num_layers if isinstance(slots, int) else tuple(slots or ())
-    if len(given) != spec.num_layers:
-        raise ValueError(
-            f"slots has {len(given)} entries: {spec.describe()} needs one number, or one per layer"
-        )
-    for num_slots in given:
-        check_slots(num_slots, spec)
-    return given
-
-
-def _check_foresight(policy: Policy, predictor: Predictor | None) -> None:
-    if policy.foresight == "truth":
-        raise ValueError(
-            f"policy {policy.name!r} needs to know the future: only the simulator can run it"
-        )
-    if policy.foresight == "forecast" and predictor is None:
-        raise ValueError(f"policy {policy.name!r} reads forecasts: give a predictor")
-    if policy.foresight == "none" and predictor is not None:
-        logger.warning(
-            "Policy %s reads no forecasts: predictor %s is not run", policy.name, predictor.kind
-        )
-
-
-def _check_spec(predictor: Predictor, spec: MoESpec) -> None:
-    if predictor.spec is None:
-        raise ValueError(f"predictor {predictor.kind!r} is not fitted: fit or load it first")
-    if difference := predictor.spec.mismatch(spec):
-        raise SpecMismatchError(
-            f"predictor {predictor.kind!r} was fitted for another model: {difference}"
-        )

@@ -57,6 +57,7 @@ class GpuExperts:
 
     Attributes:
         cache: The books, on the device.
+        device: Where they are.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
         later_use_LE: float32, what is expected; `later_use_E` gives a row to write to.
         prefetcher: Where something is prefetched: there is somebody to say what, something is not
@@ -134,6 +135,7 @@ class GpuExperts:
         )
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
+        self.device: torch.device | None = device
         self.max_graph_tokens: int | None = MAX_TOKENS if store.is_pinned else None
         self.lane = GpuLane.start(
             cpu_lane,
@@ -291,6 +293,15 @@ class GpuExperts:
         if prefetcher is not None:
             prefetcher.fetch_after(Now(layer, num_tokens, hidden_TD))
         return output_TD
+
+    def use_policy(self, policy: Policy) -> None:
+        """As `Backend.use_policy`; graphs that were captured before keep by the old one."""
+        self.cache.policy = self.cache.cache.policy = policy
+
+    def reset(self) -> None:
+        """As `Backend.reset`."""
+        self.cache.reset()
+        self._prefill.forget()
 
     def _watch(self, model: Any) -> None:
         """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step."""

@@ -43,6 +43,7 @@ class MemoryPlan:
         slots: Per layer.
         least_slots: K, so that one token's experts fit.
         graph_bytes: Captured graphs and libraries.
+        predictor_bytes: A predictor's weights and memory of a request.
     """
 
     weight_bytes: int
@@ -54,12 +55,13 @@ class MemoryPlan:
     slots: int
     least_slots: int
     graph_bytes: int = _GRAPH_BYTES
+    predictor_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """All but the slots."""
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes, self.workspace_bytes)
-        return sum(parts) + self.staging_bytes + self.graph_bytes
+        return sum(parts) + self.staging_bytes + self.graph_bytes + self.predictor_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -79,6 +81,7 @@ def plan_memory(
     slots: int | None = None,
     staging_buffers: int = STAGING_BUFFERS,
     free_bytes: int | None = None,
+    predictor_bytes: int = 0,
 ) -> MemoryPlan:
     """The most slots per layer, the same in all, for a budget of everything on the device.
 
@@ -88,6 +91,7 @@ def plan_memory(
         slots: Instead of a budget: what is to be had.
         staging_buffers: Of `runtime.prefill`, at least 1. What is fully resident needs none.
         free_bytes: What the device has left, if known.
+        predictor_bytes: What a predictor takes there.
 
     Raises:
         ValueError: Both or neither of budget and slots are given, one is out of range, one token's
@@ -111,6 +115,7 @@ def plan_memory(
             slot_bytes=spec.num_layers * model.layout.record_bytes,
             slots=num_slots,
             least_slots=spec.top_k,
+            predictor_bytes=predictor_bytes,
         )
 
     whole = planned(spec.num_experts, 0)
@@ -154,6 +159,7 @@ def gpu_slots_for_bytes(
     budget_bytes: int,
     *,
     device: torch.device | None = None,
+    predictor_bytes: int = 0,
 ) -> int:
     """Slots per layer for a budget of everything on the GPU, with the default context.
 
@@ -163,6 +169,7 @@ def gpu_slots_for_bytes(
         spec: Its MoE.
         budget_bytes: Of everything.
         device: Where it is to be served: checked for room if the model is not there yet.
+        predictor_bytes: What a predictor takes there.
     """
     layout = ExpertLayout.of(layers[0].experts)
     kind: Any = type(model)
@@ -173,7 +180,23 @@ def gpu_slots_for_bytes(
     if device is not None and device.type == "cuda" and home.type != "cuda":
         free_bytes = free_bytes_of(device)
     counted = footprint(likeness, context=CONTEXT_TOKENS, batch=1, chunk_tokens=CHUNK_TOKENS)
-    return plan_memory(counted, budget_bytes, free_bytes=free_bytes).slots
+    return plan_memory(
+        counted, budget_bytes, free_bytes=free_bytes, predictor_bytes=predictor_bytes
+    ).slots
+
+
+def context_of(model: nn.Module) -> int:
+    """Positions that memory is planned for: `CONTEXT_TOKENS`, or what the model has."""
+    config: Any = model.config
+    text = config.get_text_config(decoder=True)
+    return min(CONTEXT_TOKENS, getattr(text, "max_position_embeddings", None) or CONTEXT_TOKENS)
+
+
+def allocated_bytes(model: nn.Module, device: torch.device) -> int:
+    """What others than ``model`` hold on a CUDA device; 0 if the model is there already."""
+    if next(model.parameters()).device.type == "cuda":
+        return 0
+    return torch.cuda.memory_allocated(device)
 
 
 def free_bytes_of(device: torch.device) -> int:

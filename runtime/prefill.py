@@ -168,6 +168,11 @@ class PrefillExecutor:
         self._early: dict[int, _Arrival] = {}  # of the layer `_early_layer`, copied ahead of it
         self._early_layer = -1
 
+    def forget(self) -> None:
+        """Start counting anew."""
+        self.counters = Counters(self._cache.num_layers, device=self._staging_SP.device)
+        self.stats = PrefillStats()
+
     def forward(
         self,
         layer: int,

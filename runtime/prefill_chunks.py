@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 
 @contextmanager
@@ -61,15 +63,25 @@ class PrefillTrial:
 
 
 @torch.no_grad()
-def try_prefill(model: Any, tokens: int, *, planned_bytes: int | None = None) -> PrefillTrial:
+def try_prefill(
+    model: Any,
+    tokens: int,
+    *,
+    context_tokens: int | None = None,
+    planned_bytes: int | None = None,
+) -> PrefillTrial:
     """Serve one prompt of ``tokens`` tokens, as `generate` would, and see what memory it takes.
 
     For start-up: what does not fit then fails then, not on the first long prompt. The cache learns
     from its meaningless ids, so it is tried before anything is served.
 
+    Where prompts are read in chunks over a static KV cache, one chunk with a cache of the whole
+    context takes as much memory as the longest prompt does, in a fraction of the time.
+
     Args:
         model: A transformers model that is ready to serve.
         tokens: Length of the prompt, ids drawn with a fixed seed.
+        context_tokens: Positions that a static KV cache is made for, if more than the prompt needs.
         planned_bytes: Of everything on the device.
 
     Raises:
@@ -88,7 +100,11 @@ def try_prefill(model: Any, tokens: int, *, planned_bytes: int | None = None) ->
         torch.cuda.reset_peak_memory_stats(device)
     started_s = time.perf_counter()
     model.generate(
-        ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=1, do_sample=False
+        ids_BT,
+        attention_mask=torch.ones_like(ids_BT),
+        max_new_tokens=max(1, (context_tokens or 0) - tokens),
+        stopping_criteria=StoppingCriteriaList([_AfterOneToken()]),
+        do_sample=False,
     )
     if on_gpu:
         torch.cuda.synchronize(device)
@@ -98,3 +114,10 @@ def try_prefill(model: Any, tokens: int, *, planned_bytes: int | None = None) ->
         peak_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
         planned_bytes=planned_bytes,
     )
+
+
+class _AfterOneToken(StoppingCriteria):  # type: ignore[misc]
+    """Ends a generation with its first token, whatever its cache has room for."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)

@@ -4,7 +4,7 @@ Like a captured graph, a recording knows no Python integer that changes, runs no
 input but its static ones; and like a capture, recording refuses what would make the host wait.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -25,12 +25,13 @@ WAITS = frozenset(
 class _Tape(TorchDispatchMode):
     """Every operation that was run, with the very tensors that it was run on."""
 
-    def __init__(self) -> None:
+    def __init__(self, permitted: frozenset[Any]) -> None:
         super().__init__()
+        self._refused = WAITS - permitted
         self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in WAITS:
+        if func.overloadpacket in self._refused:
             raise RuntimeError(f"{func} is not permitted while a stream is capturing")
         output = func(*args, **(kwargs or {}))
         self._operations.append((func, args, kwargs or {}, output))
@@ -46,13 +47,27 @@ class _Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A `runtime.decode_graph.Recorder` that replays operations."""
+    """A `runtime.decode_graph.Recorder` that replays operations.
+
+    Args:
+        state: Gives what a step changes beside its KV cache.
+        permitted: Of `WAITS`: what waits on a CPU only.
+    """
+
+    def __init__(
+        self,
+        state: Callable[[], Iterable[Tensor]] = lambda: (),
+        *,
+        permitted: frozenset[Any] = frozenset(),
+    ) -> None:
+        self._state, self._permitted = state, permitted
 
     def record(self, step: Callable[[Cache], Any], cache: Cache) -> Callable[[Cache], Any]:
         names = ("keys", "values", "cumulative_length")
         state = [getattr(layer, name) for layer in cache.layers for name in names]
+        state += self._state()
         before = [tensor.clone() for tensor in state]
-        tape = _Tape()
+        tape = _Tape(self._permitted)
         try:
             with tape:
                 output = without_cache(step(cache))

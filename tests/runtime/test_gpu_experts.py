@@ -10,45 +10,17 @@ import torch
 from torch import Tensor
 
 from data.adapters import moe_layers, spec_of
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.gpu_experts import GpuExperts
 from runtime.pinned_store import PinnedStore
-from runtime.policies import make_policy
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, tiny_model
 from tests.launches import Launches
+from tests.runtime.kernel_attach import SLOTS, attach_kernels
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 LONG = [(7 * n) % 31 for n in range(40)]  # more tokens than the decode kernels take at once
-SLOTS = 5
 DEVICE = torch.device(KERNEL_DEVICE)
-
-
-def attach_kernels(
-    model: Any,
-    *,
-    slots: int = SLOTS,
-    policy: str = "lru",
-    graph: bool = False,
-    chunk_tokens: int | None = None,
-) -> Offload:
-    """`attach` on the device that kernels run on, which may be the CPU here."""
-    layers, spec = moe_layers(model), spec_of(model)
-    backend = GpuExperts.build(
-        model=model,
-        layers=layers,
-        spec=spec,
-        slots=(slots,) * spec.num_layers,
-        policy=make_policy(policy),
-        device=DEVICE,
-    )
-    offload = Offload(layers=layers, spec=spec, slots=(slots,) * spec.num_layers, backend=backend)
-    offload._install()
-    if chunk_tokens is not None:
-        offload._cut_prompts(model, chunk_tokens)
-    if graph:
-        offload._capture_decoding(model, max_batch=4)
-    return offload
 
 
 def ids_of(model: Any, tokens: list[int]) -> Tensor:

@@ -1,0 +1,86 @@
+"""What `attach` does on a GPU, on the device that tests have.
+
+Kernels run interpreted where there is no GPU, which takes a second for a forward pass. What does
+not depend on them is tested with `attach_as_device`: the CPU's executor, treated as a device.
+"""
+
+from typing import Any
+
+import torch
+
+from data.adapters import moe_layers, spec_of
+from predictors.base import Predictor
+from runtime.backend import Backend, CpuBackend
+from runtime.engine import Offload
+from runtime.gpu_experts import GpuExperts
+from runtime.policies import make_policy
+from tests.devices import KERNEL_DEVICE
+
+SLOTS = 5
+
+
+def attach_kernels(
+    model: Any,
+    *,
+    slots: int = SLOTS,
+    policy: str = "lru",
+    predictor: Predictor | None = None,
+    graph: bool = False,
+    chunk_tokens: int | None = None,
+) -> Offload:
+    """What `attach(model, device="cuda")` does, step by step, with kernels."""
+    layers, spec = moe_layers(model), spec_of(model)
+    backend = GpuExperts.build(
+        model=model,
+        layers=layers,
+        spec=spec,
+        slots=(slots,) * spec.num_layers,
+        policy=make_policy(policy),
+        device=torch.device(KERNEL_DEVICE),
+    )
+    return connected(
+        model, backend, slots, predictor=predictor, graph=graph, chunk_tokens=chunk_tokens
+    )
+
+
+def attach_as_device(
+    model: Any,
+    *,
+    slots: int = SLOTS,
+    policy: str = "lru",
+    predictor: Predictor | None = None,
+    graph: bool = False,
+) -> Offload:
+    """The same without kernels: forecasts go the way that they go on a GPU."""
+    layers, spec = moe_layers(model), spec_of(model)
+    backend = CpuBackend.build(
+        layers=layers,
+        spec=spec,
+        slots=(slots,) * spec.num_layers,
+        policy=make_policy(policy),
+        store_dir=None,
+        record_events=False,
+    )
+    backend.device = torch.device("cpu")
+    return connected(model, backend, slots, predictor=predictor, graph=graph)
+
+
+def connected(
+    model: Any,
+    backend: Backend,
+    slots: int,
+    *,
+    predictor: Predictor | None,
+    graph: bool,
+    chunk_tokens: int | None = None,
+) -> Offload:
+    layers, spec = moe_layers(model), spec_of(model)
+    offload = Offload(layers=layers, spec=spec, slots=(slots,) * spec.num_layers, backend=backend)
+    offload._install()
+    if chunk_tokens is not None:
+        offload._cut_prompts(model, chunk_tokens)
+    if graph:
+        offload._capture_decoding(model, max_batch=4)
+    if predictor is not None:
+        offload._observe(model, layers, predictor)
+    return offload

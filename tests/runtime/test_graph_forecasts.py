@@ -1,0 +1,330 @@
+"""Forecasts from within captured steps are the host's, made in time, and of no other's past."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.adapters import moe_layers, spec_of
+from data.schema import TraceList
+from predictors.base import Forecast
+from predictors.forecaster import Forecaster
+from predictors.graph import GraphPredictor
+from runtime.backend import CpuBackend
+from runtime.decode_graph import DecodeGraph
+from runtime.engine import Offload
+from runtime.forecasts import FALLBACK_POLICY
+from runtime.gpu_experts import GpuExperts
+from runtime.graph_forecasts import GraphForecasts, device_bytes
+from runtime.simulate import replay_log
+from tests.families import FAMILIES, tiny_model
+from tests.predictors.graph_fakes import Habit, HabitGraph
+from tests.runtime.graph_fakes import TapeRecorder
+from tests.runtime.kernel_attach import SLOTS, attach_as_device, attach_kernels
+from tests.runtime.routing_recorder import RoutingRecorder, trace_set
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+OTHER = [2, 7, 1, 8, 2, 8, 1, 8]
+NEW_TOKENS = 7
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
+
+
+@pytest.fixture
+def model() -> Any:
+    return tiny_model("qwen3_moe")
+
+
+@pytest.fixture
+def habit(model: Any) -> Habit:
+    return habit_for(model)
+
+
+def habit_for(model: Any) -> Habit:
+    predictor = Habit()
+    predictor.load_state(spec_of(model), {})
+    return predictor
+
+
+def generate(model: Any, rows: list[list[int]] | None = None, num_new: int = NEW_TOKENS) -> Tensor:
+    """Greedy, from prompts that are padded on the left."""
+    rows = rows or [PROMPT]
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    mask_BT = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
+    ids: Tensor = model.generate(
+        ids_BT,
+        attention_mask=mask_BT.to(model.device),
+        max_new_tokens=num_new,
+        min_new_tokens=num_new,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return ids.cpu()
+
+
+class Replayed:
+    """The stock model under a decode graph whose replays run no Python, and what it was told."""
+
+    def __init__(self, model: Any, predictor: Habit | Forecaster) -> None:
+        model.set_experts_implementation("batched_mm")
+        spec = spec_of(model)
+        self.layers = moe_layers(model)
+        self.said_LE = torch.zeros(spec.num_layers, spec.num_experts)
+        self.later_LE = torch.zeros_like(self.said_LE)
+        self.log: list[tuple[Tensor, Tensor]] = []  # after each pass: the forecast, each layer's
+        self.errors: list[Exception] = []
+        self.num_passes = 0
+        self.forecasts = GraphForecasts(
+            model=model,
+            layers=self.layers,
+            predictor=predictor,
+            device=torch.device("cpu"),
+            on_forecast=self._hear,
+            on_later=lambda layer, later_E: self.later_LE[layer].copy_(later_E),
+            on_pass=self._count,
+            on_failure=self.errors.append,
+        )
+        for moe in self.layers:  # stands for what an attached model's experts function tells
+            moe.router.register_forward_hook(self._routed(moe.layer))
+        self.graph = DecodeGraph(
+            model,
+            # Setting an element to a number is a fill on a GPU.
+            recorder=TapeRecorder(self._state, permitted=frozenset({torch.ops.aten.lift_fresh})),
+            max_batch=4,
+            hold=self.forecasts.why_not_captured,
+        )
+        model.register_forward_hook(
+            lambda *_: self.log.append((self.said_LE.clone(), self.later_LE.clone()))
+        )
+
+    def _state(self) -> list[Tensor]:
+        batches = self.forecasts._batches.values()
+        state = [self.said_LE, self.later_LE, *self.forecasts._step_maps.values()]
+        state += [buffer for batch in batches for buffer in batch.module.buffers()]
+        return state + [ids_B for batch in batches for ids_B in (batch.ids_B, batch.next_ids_B)]
+
+    def _hear(self, forecast: Forecast) -> None:
+        self.said_LE.copy_(forecast.forecast_LE)
+
+    def _count(self, age_tokens: int) -> None:
+        assert age_tokens == 0
+        self.num_passes += 1
+
+    def _routed(self, layer: int) -> Any:
+        def tell(router: nn.Module, args: Any, output: Any) -> None:
+            self.forecasts.routed(layer, output[2], output[1])
+
+        return tell
+
+
+def compare(replayed: Replayed, predictor: Any, traces: list[Any], *, first_pass: int) -> None:
+    """Each pass's forecast with the mean of those of the rows' walks."""
+    walks = [predictor.walk(trace) for trace in traces]
+    num_prompt = traces[0].num_prompt_tokens
+    begun_LE = torch.stack([walk.forecasts[0].forecast_LE for walk in walks]).mean(0)
+    log = replayed.log[first_pass : first_pass + NEW_TOKENS]
+    torch.testing.assert_close(log[0][0], begun_LE, **CLOSE)
+    for step, (said_LE, later_LE) in enumerate(log[1:]):
+        t = num_prompt + step
+        expected_LE = torch.stack([walk.forecasts[t].forecast_LE for walk in walks]).mean(0)
+        torch.testing.assert_close(said_LE, expected_LE, **CLOSE)
+        expected_LE = torch.stack([walk.later_TLE[t] for walk in walks]).mean(0)
+        torch.testing.assert_close(later_LE, expected_LE, **CLOSE)
+
+
+@pytest.fixture(scope="module")
+def forecaster() -> Forecaster:
+    """Fitted on what the model itself says, for a few seconds."""
+    model = tiny_model("qwen3_moe")
+    recorder = RoutingRecorder(model)
+    ids_BP = generate(model, [PROMPT, OTHER, PROMPT[::-1]], num_new=24)
+    traces = recorder.traces(ids_BP, num_prompt=len(PROMPT))
+    predictor = Forecaster(hidden_dim=16, epochs=2, batch_size=32, trainer={"accelerator": "cpu"})
+    split = {str(row): "fit" for row in range(len(traces))}
+    spec = spec_of(model)
+    predictor.fit(TraceList(spec=spec, traces=traces, split=split, digest="", probs_kind="softmax"))
+    return predictor
+
+
+@pytest.mark.parametrize("rows", [[PROMPT], [PROMPT, OTHER, PROMPT[::-1], OTHER[::-1]]])
+@pytest.mark.parametrize("kind", ["habit", "forecaster"])
+def test_replayed_steps_forecast_what_the_host_does_from_the_recorded_routing(
+    model: Any, kind: str, rows: list[list[int]], forecaster: Forecaster
+) -> None:
+    """Two requests: the second begins anew, and replays the steps that the first had captured."""
+    predictor: Any = forecaster if kind == "forecaster" else habit_for(model)
+    expected = generate(model, rows)
+    recorder = RoutingRecorder(model)
+    stock_ids = [generate(model, rows), generate(model, rows[::-1])]
+    passes = recorder._passes
+    assert torch.equal(stock_ids[0], expected)
+    half = len(passes) // 2
+    requests = []
+    for number, ids_BP in enumerate(stock_ids):
+        recorder._passes = passes[number * half : (number + 1) * half]
+        requests.append(recorder.traces(ids_BP, num_prompt=len(PROMPT)))
+    replayed = Replayed(model, predictor)
+    assert torch.equal(generate(model, rows), stock_ids[0])
+    assert torch.equal(generate(model, rows[::-1]), stock_ids[1])
+    assert not replayed.errors
+    assert replayed.graph._captures == 1
+    assert replayed.graph._replays == 2 * (NEW_TOKENS - 1) - 1
+    assert replayed.num_passes == len(replayed.log) == 2 * NEW_TOKENS
+    compare(replayed, predictor, requests[0], first_pass=0)
+    compare(replayed, predictor, requests[1], first_pass=NEW_TOKENS)
+
+
+def test_padded_rows_are_told_their_own_prompts(model: Any, habit: Habit) -> None:
+    rows = [PROMPT, PROMPT[:3], PROMPT[-1:]]
+    alone = [Replayed(tiny_model("qwen3_moe"), habit) for _ in rows]
+    for replayed, row in zip(alone, rows, strict=True):
+        generate(replayed.graph._model, [row], num_new=4)
+    together = Replayed(model, habit)
+    generate(model, rows, num_new=4)
+    for step in range(4):
+        mean_LE = torch.stack([replayed.log[step][0] for replayed in alone]).mean(0)
+        torch.testing.assert_close(together.log[step][0], mean_LE, **CLOSE)
+    assert not together.errors
+
+
+def test_a_prompt_in_chunks_is_a_prompt(model: Any, habit: Habit) -> None:
+    long = [(7 * n) % 31 + 1 for n in range(17)]
+    logs = []
+    for chunk_tokens in (None, 8):
+        fresh = tiny_model("qwen3_moe")
+        fresh.generation_config.prefill_chunk_size = chunk_tokens
+        replayed = Replayed(fresh, habit)
+        generate(fresh, [long, long[::-1]], num_new=4)
+        logs.append([said_LE for said_LE, _ in replayed.log])
+        assert not replayed.errors
+    whole, chunked = logs
+    # Chunks of 8, 8 and 1: between them the predictor has looked ahead, too.
+    assert len(chunked) == len(whole) + 2
+    for left, right in zip(whole[1:], chunked[3:], strict=True):
+        torch.testing.assert_close(left, right, **CLOSE)
+    assert not torch.equal(chunked[1], chunked[0])
+
+
+def test_a_cache_that_its_caller_goes_on_with_is_a_prompt_anew(model: Any, habit: Habit) -> None:
+    replayed = Replayed(model, habit)
+    ids_BT = torch.tensor([PROMPT])
+    kept = model.generate(
+        ids_BT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, max_cache_len=32
+    )
+    cache, said = kept.past_key_values, kept.sequences
+    turn_BT = torch.cat([said, torch.tensor([OTHER])], 1)
+    model.generate(turn_BT, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert not replayed.errors
+    assert not replayed.log[4][0].any(), "the turn's own pass begins with nothing"
+    assert replayed.log[5][0].any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_the_stock_model(family: str) -> None:
+    model = tiny_model(family)
+    predictor = habit_for(model)
+    rows = [PROMPT, PROMPT[2:]]
+    stock = generate(model, rows)
+    slots = spec_of(model).num_experts // 2
+    with attach_as_device(
+        model, slots=slots, policy="forecast", predictor=predictor, graph=True
+    ) as offload:
+        assert torch.equal(generate(model, rows), stock)
+        stats = offload.stats()
+    assert (stats.predictor, stats.predictor_failed) == ("habit", False)
+    assert stats.graph_replays == NEW_TOKENS - 2
+    assert stats.forecasts_used == NEW_TOKENS
+    assert stats.forecast_age_tokens == 0
+    assert torch.equal(generate(model, rows), stock)
+
+
+@pytest.mark.parametrize("policy", ["forecast", "finemoe"])
+def test_what_is_hit_is_what_a_replay_of_the_recorded_routing_hits(
+    policy: str,
+) -> None:
+    """Two requests in turn; the simulator walks the predictor along their traces."""
+    model = tiny_model("qwen3_moe", num_hidden_layers=2)
+    habit = habit_for(model)
+    stock = generate(model, num_new=5)
+    traces, recorder = [], RoutingRecorder(model)
+    with attach_kernels(model, policy=policy, predictor=habit, graph=True) as offload:
+        for row in (PROMPT, OTHER):
+            ids_1P = generate(model, [row], num_new=5)
+            assert row is OTHER or torch.equal(ids_1P, stock)
+            traces += recorder.traces(ids_1P, num_prompt=len(row))
+            recorder.forget()
+        stats = offload.stats()
+        backend = offload._backend
+        assert isinstance(backend, GpuExperts)
+        backend.cache.check_integrity()
+    log = replay_log(trace_set(traces, offload.spec), policy=policy, slots=SLOTS, predictor=habit)
+    kinds = [event.kind for event in log]
+    counted = (stats.hits, stats.misses, stats.evictions)
+    assert counted == (kinds.count("hit"), kinds.count("miss"), kinds.count("evict"))
+    plain = replay_log(trace_set(traces, offload.spec), policy="lru", slots=SLOTS)
+    assert [event.kind for event in plain].count("hit") != stats.hits
+
+
+class Broken(Habit):
+    """Fails in the fourth token that it is shown."""
+
+    def graph_module(self, *, batch_size: int, **options: Any) -> GraphPredictor:
+        spec = self.fitted_spec()
+        return BrokenGraph(batch_size, spec.num_layers, spec.num_experts)
+
+
+class BrokenGraph(HabitGraph):
+    def on_routed(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        if layer == 1:
+            raise ZeroDivisionError("nobody has thought of this")
+        return super().on_routed(layer, *args, **kwargs)
+
+
+def test_a_predictor_that_fails_is_switched_off_and_nobody_else_notices(
+    model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = Broken()
+    predictor.load_state(spec_of(model), {})
+    stock = generate(model)
+    with attach_as_device(model, policy="forecast", predictor=predictor, graph=True) as offload:
+        assert torch.equal(generate(model), stock)
+        assert torch.equal(generate(model), stock)
+        stats, backend = offload.stats(), offload._backend
+        assert isinstance(backend, CpuBackend)
+        assert backend._cache.policy.name == FALLBACK_POLICY
+        assert backend._cache.usage.use_count_LE.any(), "which counts from then on"
+    assert stats.predictor_failed
+    assert stats.forecasts_used == 2, "the prompt's pass and the one that it failed in"
+    assert stats.graph_replays > NEW_TOKENS, "steps are captured without it"
+    assert caplog.text.count("Predictor habit has failed and is switched off") == 1
+    assert "nobody has thought of this" in caplog.text
+
+
+def test_what_it_takes_of_the_device_is_counted(forecaster: Forecaster) -> None:
+    module = forecaster.graph_module(batch_size=1)
+    held = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    assert device_bytes(forecaster) > held
+
+
+def test_modules_of_other_batch_sizes_hold_no_weights_of_their_own(
+    model: Any, forecaster: Forecaster
+) -> None:
+    replayed = Replayed(model, forecaster)
+    generate(model, [PROMPT, OTHER], num_new=3)
+    one, two = (replayed.forecasts._batches[rows].module for rows in (1, 2))
+    pairs = list(zip(one.parameters(), two.parameters(), strict=True))
+    assert pairs
+    assert all(left.data_ptr() == right.data_ptr() for left, right in pairs)
+
+
+def test_detaching_leaves_no_hook(model: Any, habit: Habit) -> None:
+    def hooks() -> Iterator[int]:
+        return (len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    before = list(hooks())
+    offload: Offload = attach_as_device(model, policy="forecast", predictor=habit, graph=True)
+    assert list(hooks()) != before
+    offload.detach()
+    assert list(hooks()) == before
