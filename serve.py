@@ -3,6 +3,7 @@
 python serve.py                                 # embedded model, newest artifact, 25 % resident
 python serve.py model=Qwen/Qwen3-30B-A3B budget=12GiB artifact=outputs/artifacts/mine
 python serve.py policy=lru                      # no forecasts: the usual cache
+python serve.py device=cpu                      # although there is a GPU
 python serve.py serve.port=9000
 python serve.py serve.host=0.0.0.0 serve.api_key_file=keys.txt  # for other machines, with a key
 python serve.py --check                         # compare with the resident model, and exit
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+import torch
 from omegaconf import DictConfig
 
 from conf import schema
@@ -26,9 +28,11 @@ from data.models import load_model
 from data.schema import MoESpec
 from predictors.artifact import load_artifact, read_manifest
 from predictors.base import Predictor
+from runtime.attach_checks import pick_device
 from runtime.budget import parse_budget
 from runtime.check import CHECK_PROMPT, Recording, compare, format_check, record
 from runtime.engine import Offload, attach
+from runtime.forecasts import FALLBACK_POLICY
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.server.app import create_app
@@ -40,8 +44,6 @@ from runtime.server.security import check_exposure, load_api_keys
 
 log = logging.getLogger("serve")
 
-FALLBACK_POLICY = "lfru"  # the best heuristic that needs no forecast, on every trace measured
-
 
 def newest_artifact(folder: Path, spec: MoESpec) -> Path | None:
     """The artifact written last among those in ``folder`` that were made for this model."""
@@ -51,6 +53,16 @@ def newest_artifact(folder: Path, spec: MoESpec) -> Path | None:
             return artifact
         log.info("artifact %s passed over, it is for another model: %s", artifact, mismatch)
     return None
+
+
+def place(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any]:
+    """What `attach` is told of device and memory; on a GPU, bytes are of everything there."""
+    if device.type == "cpu":
+        slots = parse_budget(cfg.budget, spec)
+        return {"device": device, "slots": slots, "store_dir": cfg.paths.expert_store}
+    if cfg.budget.strip().endswith("%"):
+        return {"device": device, "slots": parse_budget(cfg.budget, spec)}
+    return {"device": device, "budget_bytes": cfg.budget}
 
 
 def server_options(cfg: DictConfig) -> ServerOptions:
@@ -97,7 +109,7 @@ def run(cfg: DictConfig) -> int:
     What can be wrong with the settings is found before the model is loaded, which takes minutes.
     """
     use_format(cfg.serve.log, logging.getLogger().handlers)
-    options = server_options(cfg)
+    options, device = server_options(cfg), pick_device(cfg.device)
     with ExitStack() as stack:
         reserved = None
         if not cfg.check:
@@ -115,9 +127,8 @@ def run(cfg: DictConfig) -> int:
             attach(
                 model,
                 policy=policy,
-                slots=parse_budget(cfg.budget, spec),
                 predictor=predictor,
-                store_dir=cfg.paths.expert_store,
+                **place(cfg, spec, device),
             )
         )
         if resident is not None:

@@ -77,6 +77,7 @@ class ServeConfig:
     artifact: str | None = None
     budget: str = "25%"
     check: bool = False
+    device: str = "auto"
 
 
 def register() -> None:
