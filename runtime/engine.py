@@ -355,7 +355,8 @@ def attach(
                 model, layers, spec, budget, device=target, predictor_bytes=forecast_bytes
             )
             planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
-            trial_tokens = CHUNK_TOKENS if trial_tokens is None else trial_tokens
+            if trial_tokens is None:
+                trial_tokens = min(CHUNK_TOKENS, context_of(model) - 1)
             budget_bytes = None
         num_slots = slots_per_layer(spec, slots, budget_bytes)
         backend = GpuExperts.build(

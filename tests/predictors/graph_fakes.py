@@ -1,11 +1,15 @@
-"""A predictor that says the same on the host and inside a graph, to the bit."""
+"""Predictors for graphs: one that is the same on the host to the bit, one that learned nothing."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data.schema import MoESpec
 from predictors.base import Forecast, Request, State
+from predictors.calibrate import Calibration
+from predictors.forecaster import Forecaster
+from predictors.forecaster_net import ForecasterNet
 from predictors.graph import GraphPredictor
 from tests.fakes import ScriptedPredictor
 
@@ -93,3 +97,30 @@ class HabitGraph(GraphPredictor):
         used_BE = torch.zeros_like(self.past_BLE[:, layer])
         used_BE.scatter_(1, topk_expert_ids_BK, 1.0)
         return (self.past_BLE[:, layer] + 2.0 * used_BE).mean(0)
+
+
+def untrained_forecaster(spec: MoESpec, *, hidden_dim: int = 32) -> Forecaster:
+    """Random weights: neither what it costs nor where it says the same depends on them."""
+    torch.manual_seed(0)
+    known_ids_V = torch.arange(50)
+    predictor = Forecaster(hidden_dim=hidden_dim)
+    net = ForecasterNet(
+        num_layers=spec.num_layers,
+        num_experts=spec.num_experts,
+        num_tokens=len(known_ids_V),
+        num_discounts=len(predictor.discounts),
+        hidden_dim=hidden_dim,
+        dropout=predictor.dropout,
+    )
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    predictor.load_state(
+        spec,
+        {
+            "token_ids_V": known_ids_V,
+            "popularity_LE": torch.full((spec.num_layers, spec.num_experts), 0.1),
+            **Calibration.identity().tensors(),
+            **{f"nets.0.{name}": tensor.half() for name, tensor in net.state_dict().items()},
+        },
+    )
+    return predictor

@@ -1,6 +1,7 @@
 """On a real GPU: a trained model generates the same, waits for nothing, and stays in its budget."""
 
 import logging
+import time
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor
 from transformers import TextStreamer
 
+from data.adapters import spec_of
 from data.models import load_model
-from runtime.engine import attach
+from predictors.base import Forecast, Predictor, State
+from runtime.engine import Offload, attach
 from runtime.gpu_memory import CHUNK_TOKENS
+from tests.predictors.graph_fakes import Habit, untrained_forecaster
 
 logger = logging.getLogger(__name__)
 pytestmark = pytest.mark.gpu
@@ -18,6 +22,7 @@ pytestmark = pytest.mark.gpu
 PROMPT = "def read_lines(path):\n    "
 NEW_TOKENS = 48
 RESIDENCIES = (8, 13, 16, 24, 32)  # of 32 experts
+SEARCH_S = 0.2
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 
 
@@ -81,23 +86,153 @@ def test_residency_changes_no_bit_of_a_logit(loaded: Loaded, dtype: torch.dtype)
 
 
 def test_a_replayed_step_never_waits_and_copies_nothing_to_the_host(loaded: Loaded) -> None:
+    with attach(loaded.model.to(torch.bfloat16), slots=8, device="cuda") as offload:
+        check_that_replays_wait_for_nothing(loaded, offload)
+
+
+def check_that_replays_wait_for_nothing(loaded: Loaded, offload: Offload) -> None:
+    generated(loaded)  # warms up and captures
+    graph: Any = offload._graph
+    (step,) = [step for step in graph._steps.values() if step.replay is not None]
+    for layer in graph._kv._layers:  # whose context is full by now
+        layer.cumulative_length.zero_()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(5):
+            step.replay(None)
+    names = [event.name for event in profiler.events()]
+    assert any("cudaGraphLaunch" in name for name in names)
+    before_the_end = names[: max(i for i, n in enumerate(names) if "cudaGraphLaunch" in n)]
+    assert not [name for name in before_the_end if name in WAITS]
+    assert not [name for name in names if "Memcpy DtoH" in name]
+
+
+class OnTheHost(Habit):
+    """Cannot run inside a graph, and takes its time."""
+
+    kind = "on_the_host"
+    moments = frozenset({"request", "token"})
+    sleep_s = 0.0
+
+    def graph_module(self, *, batch_size: int, **options: Any) -> None:
+        return None
+
+    def on_token(self, state: State, expert_map_LE: Tensor, **ids: Any) -> Forecast | None:
+        time.sleep(self.sleep_s)
+        assert expert_map_LE.device.type == "cpu"
+        return super().on_token(state, expert_map_LE, **ids)
+
+
+def made(kind: type[Habit] | None, model: Any) -> Predictor:
+    if kind is None:
+        return untrained_forecaster(spec_of(model))
+    predictor = kind()
+    predictor.load_state(spec_of(model), {})
+    return predictor
+
+
+@pytest.mark.parametrize("kind", [None, Habit, OnTheHost], ids=["forecaster", "habit", "host"])
+def test_a_predictor_changes_no_token(loaded: Loaded, kind: type[Habit] | None) -> None:
+    stock, predictor = generated(loaded), made(kind, loaded.model)
+    with attach(
+        loaded.model, slots=8, device="cuda", policy="forecast", predictor=predictor
+    ) as offload:
+        for _ in range(3):
+            assert generated(loaded) == stock
+        stats = offload.stats()
+    logger.info("%s", stats)
+    assert not stats.predictor_failed
+    assert stats.graph_replays == 3 * (NEW_TOKENS - 1) - 1
+    assert stats.graph_captures == 1
+    if kind is OnTheHost:
+        assert 0 < stats.forecasts_used < stats.forecast_age_tokens + 1
+    else:
+        assert stats.forecasts_used == 3 * NEW_TOKENS
+        assert stats.forecast_age_tokens == 0
+    assert generated(loaded) == stock, "detached"
+
+
+def test_what_is_hit_inside_the_graph_is_what_a_cpu_hits(loaded: Loaded) -> None:
+    """But for routers that round otherwise: where two forecasts are all but equal."""
+    hits = []
+    for device in ("cpu", "cuda"):
+        predictor = made(Habit, loaded.model)
+        with attach(
+            loaded.model, slots=8, device=device, policy="forecast", predictor=predictor
+        ) as offload:
+            for _ in range(2):
+                generated(loaded)
+            hits.append(offload.stats())
+    accesses = hits[0].hits + hits[0].misses
+    assert hits[1].hits + hits[1].misses == accesses
+    assert abs(hits[0].hits - hits[1].hits) <= 0.02 * accesses
+
+
+def test_four_rows_and_their_padding_are_forecast_for(loaded: Loaded) -> None:
+    ids_1T = ids_of(loaded)
+    ids_BT = torch.cat([ids_1T, ids_1T.flip(1), ids_1T.roll(1, 1), ids_1T])
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[3, :3] = 0
+
+    def said() -> list[list[int]]:
+        device, new = loaded.model.device, {"max_new_tokens": 16, "min_new_tokens": 16}
+        ids: Tensor = loaded.model.generate(
+            ids_BT.to(device), attention_mask=mask_BT.to(device), do_sample=False, **new
+        )
+        return ids.tolist()
+
+    stock = said()
+    with attach(
+        loaded.model,
+        slots=16,
+        device="cuda",
+        policy="forecast",
+        predictor=untrained_forecaster(spec_of(loaded.model)),
+    ) as offload:
+        assert said() == stock
+        assert said() == stock
+        assert generated(loaded)
+        stats = offload.stats()
+    assert not stats.predictor_failed
+    assert stats.graph_replays >= 2 * 15 - 1
+
+
+def test_a_step_with_a_predictor_in_it_never_waits_either(loaded: Loaded) -> None:
     model = loaded.model.to(torch.bfloat16)
-    with attach(model, slots=8, device="cuda") as offload:
-        generated(loaded)  # warms up and captures
-        graph: Any = offload._graph
-        (step,) = [step for step in graph._steps.values() if step.replay is not None]
-        for layer in graph._kv._layers:  # whose context is full by now
-            layer.cumulative_length.zero_()
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(5):
-                step.replay(None)
-        names = [event.name for event in profiler.events()]
-        assert any("cudaGraphLaunch" in name for name in names)
-        before_the_end = names[: max(i for i, n in enumerate(names) if "cudaGraphLaunch" in n)]
-        assert not [name for name in before_the_end if name in WAITS]
-        assert not [name for name in names if "Memcpy DtoH" in name]
+    predictor = untrained_forecaster(spec_of(model))
+    with attach(model, slots=8, device="cuda", policy="forecast", predictor=predictor) as offload:
+        check_that_replays_wait_for_nothing(loaded, offload)
+        assert not offload.stats().predictor_failed
+
+
+def test_a_search_of_200_ms_delays_no_token(loaded: Loaded) -> None:
+    predictor = made(OnTheHost, loaded.model)
+    assert isinstance(predictor, OnTheHost)
+    spent_s = []
+    with attach(loaded.model, slots=32, device="cuda", policy="forecast", predictor=predictor):
+        generated(loaded)
+        for predictor.sleep_s in (0.0, SEARCH_S):
+            started_s = time.perf_counter()
+            generated(loaded)
+            spent_s.append(time.perf_counter() - started_s)
+    logger.info("without and with a search of 200 ms: %s", spent_s)
+    assert spent_s[1] < spent_s[0] + SEARCH_S, "of which each token could have waited for one"
+
+
+def test_a_predictor_in_the_graph_is_part_of_the_budget(loaded: Loaded) -> None:
+    model = loaded.model.to(torch.bfloat16)
+    predictor = untrained_forecaster(spec_of(model), hidden_dim=256)
+    budget_bytes = 120 << 20  # some 17 of 32 slots with it
+    torch.cuda.empty_cache()
+    before_bytes = torch.cuda.memory_allocated()
+    with attach(
+        model, budget_bytes=budget_bytes, device="cuda", policy="forecast", predictor=predictor
+    ) as offload:
+        torch.cuda.reset_peak_memory_stats()
+        generated(loaded)
+        assert torch.cuda.max_memory_allocated() - before_bytes <= budget_bytes
+        assert not offload.stats().predictor_failed
 
 
 def test_everything_on_the_gpu_stays_within_the_budget(loaded: Loaded) -> None:
