@@ -97,11 +97,14 @@ class Backend(Protocol):
         max_graph_tokens: The most tokens of a step that a graph can capture; None if none can.
         device: Where its books are kept, if that is not the host: then neither routing nor
             forecasts may pass through the host within a step.
+        later_use_LE: float32, what later use is expected. Whoever writes there before `expect`
+            spares a copy.
         events: The cache's log, where one is kept.
     """
 
     max_graph_tokens: int | None
     device: torch.device | None
+    later_use_LE: Tensor
 
     @property
     def events(self) -> list[Event]:
@@ -183,7 +186,7 @@ class CpuBackend:
         self._executor: ExpertExecutor | None = CpuExecutor(
             store=store, experts=[moe.experts for moe in layers], num_slots=slots
         )
-        self._later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
+        self.later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
         self._counters = Counters(spec.num_layers)
         self._stall_s = 0.0
         for moe in layers:
@@ -228,7 +231,8 @@ class CpuBackend:
 
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """As `Backend.expect`."""
-        self._later_use_LE[slice(None) if layer is None else layer] = later_LE
+        place = self.later_use_LE if layer is None else self.later_use_LE[layer]
+        place.copy_(later_LE)
 
     def forward(
         self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
@@ -279,7 +283,7 @@ class CpuBackend:
         step = self._cache.step(
             needed_E,
             layer=layer,
-            forecast_LE=self._later_use_LE[layer],
+            forecast_LE=self.later_use_LE[layer],
             max_needed=len(used),
         )
         assert step.slot_of_LE is not None

@@ -2,8 +2,8 @@
 
 `runtime.observer.Observer` reads token ids and router maps on the host, which on a GPU would end
 every step with a wait. Here both stay on the device: a *step* (one token a row, of the requests of
-the pass before) leaves its maps in a tensor of fixed address, so that it can be captured and
-replayed (`runtime.decode_graph`); any other pass is a *prompt*, and is never captured.
+the pass before) tells its routing to fixed addresses, so that it can be captured and replayed
+(`runtime.decode_graph`); any other pass is a *prompt*, and is never captured.
 
 Nothing of a step is read to say which it is. So where a static KV cache is emptied by hand and fed
 one token at a time, `begin_request` must say that requests begin; ``model.generate`` needs no such
@@ -21,13 +21,14 @@ import logging
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.adapters import MoELayer, router_probs_TE
+from runtime.compiled_layers import not_compiled
 
 logger = logging.getLogger(__name__)
 
@@ -59,12 +60,18 @@ class DevicePasses(ABC):
 
     What goes wrong in a subclass ends its forecasts, never the model's forward pass.
 
+    Attributes:
+        maps_of_steps: Whether steps keep their maps, too; else their routers have no hooks, which a
+            compiler would have to break off at.
+
     Args:
         model: The model whose forward passes are observed.
         layers: Its MoE layers.
         device: Where it runs.
         on_failure: Called with what was raised; the object does nothing any more by then.
     """
+
+    maps_of_steps: ClassVar[bool]
 
     def __init__(
         self,
@@ -74,6 +81,7 @@ class DevicePasses(ABC):
         device: torch.device,
         on_failure: Callable[[Exception], None],
     ) -> None:
+        self._layers = layers
         self._signature = inspect.signature(model.forward)
         self._num_layers, self._num_experts = len(layers), layers[0].num_experts
         self._most_tokens: int | None = None  # of a prompt's end whose maps are kept; None for all
@@ -89,8 +97,8 @@ class DevicePasses(ABC):
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward),
-            *(moe.router.register_forward_hook(self._router_hook(moe)) for moe in layers),
         ]
+        self._router_handles: list[RemovableHandle] = []
 
     def begin_request(self, *prompts: str) -> None:
         """As `Observer.begin_request`."""
@@ -117,9 +125,10 @@ class DevicePasses(ABC):
 
     def _switch_off(self) -> None:
         self._is_off = True
-        for handle in self._handles:
+        for handle in (*self._handles, *self._router_handles):
             handle.remove()
         self._handles.clear()
+        self._router_handles.clear()
 
     @abstractmethod
     def _enter(self, now: Pass, last: Pass | None) -> None:
@@ -129,9 +138,6 @@ class DevicePasses(ABC):
             now: The pass.
             last: The one before, whose maps are whole; None if it was broken off or there is none.
         """
-
-    def _step_begins(self) -> None:  # noqa: B027
-        """A step has reached its first router; part of the graph."""
 
     def _step_routed(  # noqa: B027
         self, layer: int, topk_expert_ids_BK: Tensor, topk_weights_BK: Tensor
@@ -153,6 +159,17 @@ class DevicePasses(ABC):
             return self._maps_of(last.num_rows)[:, None]
         return torch.stack([map_BTE for map_BTE in self._prompt_maps if map_BTE is not None], 2)
 
+    def _watch_routers(self, are_watched: bool) -> None:
+        if are_watched and not self._router_handles:
+            self._router_handles = [
+                moe.router.register_forward_hook(not_compiled(self._router_hook(moe)))
+                for moe in self._layers
+            ]
+        elif not are_watched:
+            for handle in self._router_handles:
+                handle.remove()
+            self._router_handles.clear()
+
     def _router_hook(self, moe: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         def keep_map(router: nn.Module, args: Any, output: Any) -> None:
             if not self._is_off and self._now is not None:
@@ -171,8 +188,6 @@ class DevicePasses(ABC):
                 map_BTE = map_BTE[:, -most:].clone()
             self._prompt_maps[moe.layer] = map_BTE
             return
-        if moe.layer == 0:
-            self._step_begins()
         self._maps_of(self._now.num_rows)[:, moe.layer].copy_(probs_TE)
 
     @torch.no_grad()
@@ -186,6 +201,8 @@ class DevicePasses(ABC):
         self._now = self._pass(arguments)
         self._was_whole = False
         self._guard(self._enter, self._now, last)
+        if not self._is_off:
+            self._watch_routers(self.maps_of_steps or not self._now.is_step)
         self._prompt_maps = [None] * self._num_layers
 
     def _after_forward(self, model: nn.Module, args: Any, output: Any) -> None:

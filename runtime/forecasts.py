@@ -23,7 +23,6 @@ from runtime.device_passes import DevicePasses
 from runtime.graph_forecasts import GraphForecasts
 from runtime.host_forecasts import HostForecasts
 from runtime.observer import Observer
-from runtime.policies.base import later_use
 
 FALLBACK_POLICY = "lfru"
 """What takes over where there are no forecasts: the best heuristic on every trace measured."""
@@ -73,7 +72,8 @@ def make_observer(
     """
 
     def keep(forecast: Forecast) -> None:
-        backend.expect(later_use(forecast))
+        place_LE = backend.later_use_LE
+        backend.expect(torch.sub(forecast.forecast_LE, forecast.next_LE, out=place_LE))
 
     def keep_layer(layer: int, later_E: Tensor) -> None:
         backend.expect(later_E, layer)
@@ -103,7 +103,7 @@ def make_observer(
     }
     if predictor.graph_module(batch_size=1) is None:
         return HostForecasts(**common)
-    return GraphForecasts(**common, on_later=keep_layer)
+    return GraphForecasts(**common, on_later=keep_layer, later_LE=backend.later_use_LE)
 
 
 class _Guarded:

@@ -1,9 +1,10 @@
 """A predictor that runs inside the decode graph: its forecasts cost no wait, and are never late.
 
-A step begins with `GraphPredictor.on_token` for the token that was fed before, at the first router,
-when the id that is fed now is known; so forecasts are those of `predictors.base.Predictor.walk`. A
-prompt is handed over when what follows it is known: all but its last token at once, outside of the
-graph, and the last one by the step itself. So every step is the same program, whatever came before.
+A step tells the predictor what each layer has chosen (`GraphPredictor.on_routed`), and begins with
+`GraphPredictor.on_token` for the token that was fed before, now that the id which followed is
+known; so forecasts are those of `predictors.base.Predictor.walk`. A prompt is handed over when what
+follows it is known: all but its last token at once, and the last one as a step would have told it,
+both outside of the graph. So every step is the same program, whatever came before.
 
 Each number of rows has a module of its own, since graphs of different sizes have different
 addresses; its weights are held once. A pass of several tokens that goes on with a request (a chat's
@@ -44,7 +45,7 @@ class _Batch:
     """What steps of B rows run on: fixed addresses."""
 
     module: GraphPredictor
-    ids_B: Tensor  # of the token whose maps lie there
+    ids_B: Tensor  # of the token that `on_routed` was told of
     next_ids_B: Tensor  # of the token that is fed
 
 
@@ -59,12 +60,15 @@ class GraphForecasts(DevicePasses):
         on_forecast: Called where a pass begins with the forecast for it.
         on_later: Called with a layer and the use of its experts after the tokens that it has just
             routed, float32 [E].
+        later_LE: float32, static: whose rows `on_later` is called with.
         on_pass: Called before each forward pass with its forecast's age, which is 0.
         on_failure: Called with what the predictor raised.
 
     Raises:
         ValueError: The predictor cannot run inside a graph.
     """
+
+    maps_of_steps = False
 
     def __init__(
         self,
@@ -75,11 +79,13 @@ class GraphForecasts(DevicePasses):
         device: torch.device,
         on_forecast: Callable[[Forecast], None],
         on_later: Callable[[int, Tensor], None],
+        later_LE: Tensor,
         on_pass: Callable[[int], None],
         on_failure: Callable[[Exception], None],
     ) -> None:
         self._predictor = predictor
         self._on_forecast, self._on_later, self._on_pass = on_forecast, on_later, on_pass
+        self._later_LE, self._top_k = later_LE, predictor.fitted_spec().top_k
         self._batches: dict[int, _Batch] = {}
         self._batch: _Batch | None = None
         self._rows: list[_Row] = []
@@ -127,7 +133,10 @@ class GraphForecasts(DevicePasses):
             self._batch.module.begin()
             self._tell_prompt(before, last_ids_B)
             self._batch.ids_B.copy_(last_ids_B)
-            self._maps_of(now.num_rows).copy_(torch.stack([r.maps_TLE[-1] for r in self._rows]))
+            maps_BLE = torch.stack([row.maps_TLE[-1] for row in self._rows])
+            probs_BLK, ids_BLK = maps_BLE.topk(self._top_k)
+            for layer in range(self._num_layers):
+                self._batch.module.on_routed(layer, ids_BLK[:, layer], probs_BLK[:, layer])
             self._rows = []
         if now.ids_BT is None:
             self._batch.next_ids_B.fill_(-1)
@@ -180,17 +189,15 @@ class GraphForecasts(DevicePasses):
         ids_B1 = now.ids_BT.gather(1, first_B1)
         return ids_B1.masked_fill(~now.mask_BT.gather(1, first_B1), -1)[:, 0]
 
-    def _step_begins(self) -> None:
-        assert self._batch is not None
-        batch = self._batch
-        batch.module.on_token(self._maps_of(len(batch.ids_B)), batch.ids_B, batch.next_ids_B)
-        batch.ids_B.copy_(batch.next_ids_B)
-        self._say()
-
     def _step_routed(self, layer: int, topk_expert_ids_BK: Tensor, topk_weights_BK: Tensor) -> None:
         assert self._batch is not None
-        later_E = self._batch.module.on_routed(layer, topk_expert_ids_BK.long(), topk_weights_BK)
-        self._on_later(layer, later_E)
+        batch = self._batch
+        if layer == 0:
+            batch.module.on_token(None, batch.ids_B, batch.next_ids_B)
+            batch.ids_B.copy_(batch.next_ids_B)
+            self._say()
+        ids_BK, place_E = topk_expert_ids_BK.long(), self._later_LE[layer]
+        self._on_later(layer, batch.module.on_routed(layer, ids_BK, topk_weights_BK, place_E))
 
     def _say(self) -> None:
         assert self._batch is not None

@@ -59,6 +59,8 @@ class HostForecasts(DevicePasses):
         num_stale: Passes that were dropped, because their request was over.
     """
 
+    maps_of_steps = True
+
     def __init__(
         self,
         *,

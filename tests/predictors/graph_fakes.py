@@ -11,6 +11,7 @@ from predictors.calibrate import Calibration
 from predictors.forecaster import Forecaster
 from predictors.forecaster_net import ForecasterNet
 from predictors.graph import GraphPredictor
+from predictors.token_history import top_k_map
 from tests.fakes import ScriptedPredictor
 
 KEPT = 0.75  # of the past, per token; sums of such numbers are exact for a while
@@ -45,7 +46,8 @@ class Habit(ScriptedPredictor):
         past_LE = state.forecast.forecast_LE - state.forecast.next_LE
         shift_E = torch.arange(past_LE.shape[1]) * ID_STEP
         shown = (-1 if token_id is None else token_id) + 3 * (next_token_id or 0)
-        later_LE = KEPT * past_LE + (1 - KEPT) * expert_map_LE + (shown % 5) * shift_E
+        map_LE, _ = top_k_map(expert_map_LE, self.fitted_spec().top_k)
+        later_LE = KEPT * past_LE + (1 - KEPT) * map_LE + (shown % 5) * shift_E
         state.forecast = Forecast(torch.zeros_like(later_LE), later_LE)
         return state.forecast
 
@@ -57,22 +59,25 @@ class Habit(ScriptedPredictor):
 
     def graph_module(self, *, batch_size: int, **options: Any) -> GraphPredictor:
         spec = self.fitted_spec()
-        return HabitGraph(batch_size, spec.num_layers, spec.num_experts)
+        return HabitGraph(batch_size, spec)
 
 
 class HabitGraph(GraphPredictor):
     """The same for B rows."""
 
     past_BLE: Tensor
+    map_BLE: Tensor
     shift_E: Tensor
 
-    def __init__(self, batch_size: int, num_layers: int, num_experts: int) -> None:
+    def __init__(self, batch_size: int, spec: MoESpec) -> None:
         super().__init__()
-        shape_LE = (num_layers, num_experts)
+        self._top_k = spec.top_k
+        shape_LE = (spec.num_layers, spec.num_experts)
         self.register_buffer("next_LE", torch.zeros(shape_LE))
         self.register_buffer("forecast_LE", torch.zeros(shape_LE))
         self.register_buffer("past_BLE", torch.zeros(batch_size, *shape_LE))
-        self.register_buffer("shift_E", torch.arange(num_experts) * ID_STEP)
+        self.register_buffer("map_BLE", torch.zeros(batch_size, *shape_LE))
+        self.register_buffer("shift_E", torch.arange(spec.num_experts) * ID_STEP)
 
     def begin(self) -> None:
         self.past_BLE.zero_()
@@ -81,9 +86,10 @@ class HabitGraph(GraphPredictor):
     def on_token(
         self, expert_map_BLE: Tensor | None, token_ids_B: Tensor, next_token_ids_B: Tensor
     ) -> None:
-        assert expert_map_BLE is not None
+        if expert_map_BLE is not None:
+            self.map_BLE.copy_(top_k_map(expert_map_BLE, self._top_k)[0])
         shown_B = (token_ids_B + 3 * next_token_ids_B).remainder(5)
-        self.past_BLE.mul_(KEPT).add_((1 - KEPT) * expert_map_BLE)
+        self.past_BLE.mul_(KEPT).add_((1 - KEPT) * self.map_BLE)
         self.past_BLE.add_(shown_B[:, None, None] * self.shift_E)
         self.forecast_LE.copy_(self.past_BLE.mean(0))
 
@@ -96,7 +102,10 @@ class HabitGraph(GraphPredictor):
     ) -> Tensor:
         used_BE = torch.zeros_like(self.past_BLE[:, layer])
         used_BE.scatter_(1, topk_expert_ids_BK, 1.0)
-        return (self.past_BLE[:, layer] + 2.0 * used_BE).mean(0)
+        probs_BK = topk_probs_BK / topk_probs_BK.sum(-1, keepdim=True)
+        self.map_BLE[:, layer] = torch.zeros_like(used_BE).scatter(1, topk_expert_ids_BK, probs_BK)
+        later_E = (self.past_BLE[:, layer] + 2.0 * used_BE).mean(0)
+        return later_E if out_E is None else out_E.copy_(later_E)
 
 
 def untrained_forecaster(spec: MoESpec, *, hidden_dim: int = 32) -> Forecaster:

@@ -25,13 +25,12 @@ WAITS = frozenset(
 class _Tape(TorchDispatchMode):
     """Every operation that was run, with the very tensors that it was run on."""
 
-    def __init__(self, permitted: frozenset[Any]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._refused = WAITS - permitted
         self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in self._refused:
+        if func.overloadpacket in WAITS:
             raise RuntimeError(f"{func} is not permitted while a stream is capturing")
         output = func(*args, **(kwargs or {}))
         self._operations.append((func, args, kwargs or {}, output))
@@ -51,23 +50,17 @@ class TapeRecorder:
 
     Args:
         state: Gives what a step changes beside its KV cache.
-        permitted: Of `WAITS`: what waits on a CPU only.
     """
 
-    def __init__(
-        self,
-        state: Callable[[], Iterable[Tensor]] = lambda: (),
-        *,
-        permitted: frozenset[Any] = frozenset(),
-    ) -> None:
-        self._state, self._permitted = state, permitted
+    def __init__(self, state: Callable[[], Iterable[Tensor]] = lambda: ()) -> None:
+        self._state = state
 
     def record(self, step: Callable[[Cache], Any], cache: Cache) -> Callable[[Cache], Any]:
         names = ("keys", "values", "cumulative_length")
         state = [getattr(layer, name) for layer in cache.layers for name in names]
         state += self._state()
         before = [tensor.clone() for tensor in state]
-        tape = _Tape(self._permitted)
+        tape = _Tape()
         try:
             with tape:
                 output = without_cache(step(cache))
