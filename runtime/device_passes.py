@@ -81,7 +81,7 @@ class DevicePasses(ABC):
         device: torch.device,
         on_failure: Callable[[Exception], None],
     ) -> None:
-        self._layers = layers
+        self._router_hooks = [(moe.router, not_compiled(self._router_hook(moe))) for moe in layers]
         self._signature = inspect.signature(model.forward)
         self._num_layers, self._num_experts = len(layers), layers[0].num_experts
         self._most_tokens: int | None = None  # of a prompt's end whose maps are kept; None for all
@@ -162,8 +162,7 @@ class DevicePasses(ABC):
     def _watch_routers(self, are_watched: bool) -> None:
         if are_watched and not self._router_handles:
             self._router_handles = [
-                moe.router.register_forward_hook(not_compiled(self._router_hook(moe)))
-                for moe in self._layers
+                router.register_forward_hook(hook) for router, hook in self._router_hooks
             ]
         elif not are_watched:
             for handle in self._router_handles:

@@ -151,6 +151,22 @@ class ExpertCollector(Collector):
         yield self._counter(
             "stall_seconds", "Seconds that computing waited for experts.", stats.stall_s
         )
+        if stats.predictor is not None:
+            yield self._counter(
+                "forecasts_used", "Passes that had a forecast to go by.", stats.forecasts_used
+            )
+            yield self._counter(
+                "forecast_age_tokens",
+                "Summed over those, tokens fed since the last one that the forecast knew.",
+                stats.forecast_age_tokens,
+            )
+            is_up = GaugeMetricFamily(
+                "moecast_expert_predictor_up",
+                "1 while the predictor forecasts, 0 since it has failed.",
+                labels=("model_name", "predictor"),
+            )
+            is_up.add_metric([self._model_name, stats.predictor], int(not stats.predictor_failed))
+            yield is_up
         if spec.expert_bytes_per_layer is not None:
             capacity = GaugeMetricFamily(
                 "moecast_expert_cache_capacity_bytes",

@@ -64,6 +64,26 @@ class ExpertStats(Protocol):
         """Seconds that computing waited for experts."""
         ...
 
+    @property
+    def predictor(self) -> str | None:
+        """Kind of the predictor whose forecasts are asked for; None if none is."""
+        ...
+
+    @property
+    def predictor_failed(self) -> bool:
+        """Whether it is switched off, because it has raised."""
+        ...
+
+    @property
+    def forecasts_used(self) -> int:
+        """Forward passes that had a forecast to go by."""
+        ...
+
+    @property
+    def forecast_age_tokens(self) -> int:
+        """Summed over those: tokens that were fed since the last one that the forecast knew."""
+        ...
+
 
 class ExpertOffload(Protocol):
     """What the server needs of `runtime.engine.Offload`."""

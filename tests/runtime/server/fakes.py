@@ -90,6 +90,7 @@ class FakeOffload:
         self.counted: Any = SimpleNamespace(
             **dict.fromkeys(("hits", "misses", "streamed", "evictions", "miss_bytes"), 0),
             stall_s=0.0,
+            predictor=None,
         )
 
     def begin_request(self, *prompts: str) -> None:

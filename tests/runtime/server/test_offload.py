@@ -114,5 +114,9 @@ def test_predictors_are_shown_the_text_of_each_request(own_model: Any, tokenizer
             ids = tokenizer("By ids", add_special_tokens=False).input_ids
             client.post("/v1/completions", json={**short, "prompt": ids})
             client.post("/v1/chat/completions", json={**short, "messages": chat})
+            found = samples(client)
+    assert found["moecast_expert_predictor_up{predictor=prophet}"] == 1
+    assert found["moecast_expert_forecasts_used_total"] > 0
+    assert found["moecast_expert_forecast_age_tokens_total"] == 0
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert prophet.prompts == ["By text", "By ids", rendered]
