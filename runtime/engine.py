@@ -48,7 +48,8 @@ from runtime.graph_forecasts import device_bytes
 from runtime.observer import Observer
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
-from runtime.prefill_chunks import chunked_prefill, try_prefill
+from runtime.prefill_chunks import chunked_prefill
+from runtime.prompt_trial import check_prompt_fits
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -178,26 +179,9 @@ class Offload:
         )
 
     def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
-        """Serve a prompt that means nothing, to see that memory holds it, and forget it."""
-        try:
-            trial = try_prefill(
-                model, tokens, context_tokens=context_of(model), planned_bytes=planned_bytes
-            )
-        except torch.OutOfMemoryError as error:
-            raise ValueError(
-                f"slots={sorted(set(self.slots))} leave no room for {tokens} tokens of a prompt "
-                f"and a context of {context_of(model)} ({error}): give fewer slots or a smaller "
-                "budget_bytes, or serve shorter prompts only and give trial_tokens=0"
-            ) from error
+        """See that memory holds a prompt, and forget it."""
+        check_prompt_fits(model, tokens, slots=self.slots, planned_bytes=planned_bytes)
         self._backend.reset()
-        logger.info("A prompt was tried: %s", trial)
-        if (over := trial.peak_over_plan) is not None and over > 1:
-            logger.warning(
-                "The longest prompt takes %.1f %% more memory than budget_bytes says: give fewer "
-                "slots than %s if that is too much",
-                100 * (over - 1),
-                sorted(set(self.slots)),
-            )
 
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
         self._forecasts = ForecastCounts(predictor.kind)

@@ -51,7 +51,7 @@ def test_a_prompt_that_does_not_fit_is_refused_with_what_to_change(
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     with attach_as_device(model) as offload:
-        monkeypatch.setattr("runtime.engine.try_prefill", no_room)
+        monkeypatch.setattr("runtime.prompt_trial.try_prefill", no_room)
         with pytest.raises(
             ValueError, match=r"slots=\[5\] leave no room for 40 tokens.*fewer slot"
         ):
@@ -66,7 +66,7 @@ def test_a_plan_that_was_too_small_is_said_to_be(
             tokens=TOKENS, spent_s=1.0, peak_bytes=1100, planned_bytes=planned_bytes
         )
 
-    monkeypatch.setattr("runtime.engine.try_prefill", tried)
+    monkeypatch.setattr("runtime.prompt_trial.try_prefill", tried)
     with attach_as_device(model) as offload:
         offload._try_prompt(model, TOKENS, 1200)
         assert "more memory than budget_bytes says" not in caplog.text
