@@ -128,8 +128,8 @@ class Backend(Protocol):
         """Say what later use to expect: float32 [L, E], or [E] of one layer."""
         ...
 
-    def use_policy(self, policy: Policy) -> None:
-        """Keep by another policy from here on, one that reads no forecasts."""
+    def use_policy(self, policy: Policy) -> Policy:
+        """Keep by another policy from here on; returns the one before."""
         ...
 
     def reset(self) -> None:
@@ -242,9 +242,10 @@ class CpuBackend:
         slots = self._make_ready(layer, used_experts(topk_expert_ids_TK, self._spec.num_experts))
         return self._executor.compute(layer, hidden_TD, topk_expert_ids_TK, topk_weights_TK, slots)
 
-    def use_policy(self, policy: Policy) -> None:
+    def use_policy(self, policy: Policy) -> Policy:
         """As `Backend.use_policy`; what it reads of the past is counted from now on."""
-        self._cache.policy = policy
+        before, self._cache.policy = self._cache.policy, policy
+        return before
 
     def reset(self) -> None:
         """As `Backend.reset`."""

@@ -294,9 +294,11 @@ class GpuExperts:
             prefetcher.fetch_after(Now(layer, num_tokens, hidden_TD))
         return output_TD
 
-    def use_policy(self, policy: Policy) -> None:
+    def use_policy(self, policy: Policy) -> Policy:
         """As `Backend.use_policy`; graphs that were captured before keep by the old one."""
+        before = self.cache.policy
         self.cache.policy = self.cache.cache.policy = policy
+        return before
 
     def reset(self) -> None:
         """As `Backend.reset`."""
