@@ -147,7 +147,10 @@ class HostForecasts(DevicePasses):
         if not starts or self._keeps_all:
             return waiting
         self.num_stale += starts[-1]
-        return waiting[starts[-1] :]
+        first, *others = waiting[starts[-1] :]
+        if starts[-1]:  # the thread does not know whose tokens the pass before computed
+            first = first._replace(maps_BTLE=None)
+        return [first, *others]
 
 
 class _News(NamedTuple):
