@@ -55,6 +55,8 @@ class HostForecasts(DevicePasses):
         max_backlog: Passes that may wait, at least 1.
 
     Attributes:
+        num_published: Passes that were put before the thread.
+        num_shown: Those of them that the predictor has been shown.
         num_shed: Passes that were not shown, because too many waited.
         num_stale: Passes that were dropped, because their request was over.
     """
@@ -76,7 +78,7 @@ class HostForecasts(DevicePasses):
         if max_backlog < 1:
             raise ValueError(f"max_backlog={max_backlog}: must be at least 1")
         super().__init__(model=model, layers=layers, device=device, on_failure=on_failure)
-        self.num_shed = self.num_stale = 0
+        self.num_published = self.num_shown = self.num_shed = self.num_stale = 0
         self._on_forecast, self._on_pass = on_forecast, on_pass
         self._max_backlog = max_backlog
         self._fed_tokens = 0  # of each request, by the passes before the one at hand
@@ -114,6 +116,7 @@ class HostForecasts(DevicePasses):
         self._fed_tokens += now.num_tokens
 
     def _publish(self, now: Pass, last: Pass | None) -> None:
+        self.num_published += 1
         maps_BTLE = None if last is None else _leaving(self._last_maps(last))
         arriving = now._replace(ids_BT=_leaving(now.ids_BT), mask_BT=_leaving(now.mask_BT))
         arrived: Any = None
@@ -140,6 +143,7 @@ class HostForecasts(DevicePasses):
                     return
                 if self._is_off:
                     return
+                self.num_shown += 1
 
     def _wanted(self, waiting: list["_News"]) -> list["_News"]:
         """Without the passes of requests that are over."""

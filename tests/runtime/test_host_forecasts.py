@@ -16,7 +16,7 @@ from predictors.finemoe import FineMoE
 from predictors.previous_token import PreviousToken
 from predictors.request_history import RequestHistory
 from runtime.backend import CpuBackend
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.forecast_inbox import ForecastInbox
 from runtime.forecasts import FALLBACK_POLICY
 from runtime.host_forecasts import HostForecasts
@@ -107,6 +107,12 @@ def asked(habit: HostHabit) -> None:
     assert habit.is_asked.wait(PATIENCE_S)
 
 
+def settle(forecasts: Any) -> None:
+    """Until the thread has dealt with everything and waits for more."""
+    assert isinstance(forecasts, HostForecasts)
+    wait_until(lambda: forecasts.num_shown + forecasts.num_stale == forecasts.num_published)
+
+
 class Watched:
     """A model on the device of tests, watched by `HostForecasts`."""
 
@@ -129,8 +135,7 @@ class Watched:
         )
 
     def settle(self) -> None:
-        """Until the thread has dealt with everything and waits for more."""
-        wait_until(self.forecasts._news.empty)
+        settle(self.forecasts)
 
 
 def test_a_search_that_never_ends_holds_up_no_token(model: Any, habit: HostHabit) -> None:
@@ -318,17 +323,11 @@ def test_the_predictors_of_the_papers_run_on_it(model: Any, kind: str) -> None:
     with attach_as_device(model, policy=policy, predictor=predictor, graph=True) as offload:
         for _ in range(2):
             assert torch.equal(generate(model), stock)
-            settle(offload)
+            settle(offload._observer)
         stats = offload.stats()
     assert not stats.predictor_failed
     assert stats.forecasts_used > 0
     assert stats.forecast_age_tokens >= stats.forecasts_used
-
-
-def settle(offload: Offload) -> None:
-    observer = offload._observer
-    assert isinstance(observer, HostForecasts)
-    wait_until(observer._news.empty)
 
 
 def test_naming_more_prompts_than_rows_is_refused(model: Any, habit: HostHabit) -> None:
