@@ -13,7 +13,6 @@ predictor through an `Observer`. One forward pass at a time; no gradient flows t
 Shape letters: T tokens · E experts per layer · K experts per token · D hidden · C slots.
 """
 
-import dataclasses
 import inspect
 import logging
 from collections.abc import Sequence
@@ -41,15 +40,13 @@ from runtime.backend import Backend, CpuBackend, OffloadStats
 from runtime.cache import Event
 from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, recorder_for
-from runtime.device_passes import DevicePasses
-from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
 from runtime.gpu_memory import context_of
 from runtime.graph_forecasts import device_bytes
-from runtime.observer import Observer
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
+from runtime.served_predictor import ServedPredictor
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -77,8 +74,7 @@ class Offload:
         self.slots = slots
         self._backend = backend
         self._layer_of = {moe.experts: moe.layer for moe in layers}
-        self._observer: Observer | DevicePasses | None = None
-        self._forecasts: ForecastCounts | None = None
+        self._predictor: ServedPredictor | None = None
         self._graph: DecodeGraph | None = None
         self._undo = ExitStack()
         self._attached = True
@@ -96,14 +92,8 @@ class Offload:
     def stats(self) -> OffloadStats:
         """The counters as they are now; readable after `detach`, too."""
         stats = self._backend.stats()
-        if (counts := self._forecasts) is not None:
-            stats = dataclasses.replace(
-                stats,
-                predictor=counts.predictor,
-                predictor_failed=counts.is_off,
-                forecasts_used=counts.used,
-                forecast_age_tokens=counts.age_tokens,
-            )
+        if self._predictor is not None:
+            stats = self._predictor.add_to(stats)
         return stats if self._graph is None else self._graph.add_to(stats)
 
     def begin_request(self, *prompts: str) -> None:
@@ -115,8 +105,8 @@ class Offload:
         Args:
             prompts: One text per row of the batch, or none if the texts are not known.
         """
-        if self._observer is not None:
-            self._observer.begin_request(*prompts)
+        if self._predictor is not None:
+            self._predictor.observer.begin_request(*prompts)
 
     def detach(self) -> None:
         """Give the model back as it was, to the bit; a second call does nothing.
@@ -128,8 +118,8 @@ class Offload:
         if not self._attached:
             return
         self._attached = False
-        if self._observer is not None:
-            self._observer.remove()
+        if self._predictor is not None:
+            self._predictor.remove()
         if self._graph is not None:
             self._graph.remove()
         for config, implementation in self._implementations:
@@ -167,8 +157,7 @@ class Offload:
         self, model: nn.Module, *, max_batch: int, compiled: CompiledLayers | None = None
     ) -> None:
         def hold() -> str | None:
-            observer = self._observer
-            return observer.why_not_captured() if isinstance(observer, DevicePasses) else None
+            return None if self._predictor is None else self._predictor.why_not_captured()
 
         self._graph = DecodeGraph(
             model,
@@ -184,29 +173,17 @@ class Offload:
         self._backend.reset()
 
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
-        self._forecasts = ForecastCounts(predictor.kind)
-        self._observer = make_observer(
+        def capture_anew() -> None:
+            if self._graph is not None:
+                self._graph.forget()
+
+        self._predictor = ServedPredictor(
             model=model,
             layers=layers,
-            predictor=predictor,
             backend=self._backend,
-            counts=self._forecasts,
-            on_failure=self._go_without_forecasts,
+            predictor=predictor,
+            on_change=capture_anew,
         )
-
-    def _go_without_forecasts(self, error: Exception) -> None:
-        """The predictor has failed: keep what is worth keeping by a policy that needs none."""
-        assert self._forecasts is not None
-        self._forecasts.is_off = True
-        logger.warning(
-            "Predictor %s has failed and is switched off; policy %s from here on",
-            self._forecasts.predictor,
-            FALLBACK_POLICY,
-            exc_info=error,
-        )
-        self._backend.use_policy(make_policy(FALLBACK_POLICY))
-        if self._graph is not None:
-            self._graph.forget()
 
     @torch.no_grad()
     def _experts_forward(
@@ -224,8 +201,8 @@ class Offload:
         layer = self._layer_of.get(experts)
         if layer is None:
             return self._stock_forward(experts, hidden_states, top_k_index, top_k_weights)
-        if isinstance(self._observer, DevicePasses):
-            self._observer.routed(layer, top_k_index, top_k_weights)
+        if self._predictor is not None:
+            self._predictor.routed(layer, top_k_index, top_k_weights)
         return self._backend.forward(layer, hidden_states, top_k_index, top_k_weights)
 
     def _stock_forward(self, experts: nn.Module, *arguments: Tensor) -> Tensor:
@@ -334,7 +311,9 @@ def attach(
         planned_bytes = None
         if budget_bytes is not None and slots is None:
             budget = parse_bytes(budget_bytes)
-            forecast_bytes = 0 if predictor is None else device_bytes(predictor)
+            forecast_bytes = 0
+            if predictor is not None and policy.foresight == "forecast":
+                forecast_bytes = device_bytes(predictor)
             slots = gpu_slots_for_bytes(
                 model, layers, spec, budget, device=target, predictor_bytes=forecast_bytes
             )

@@ -232,7 +232,7 @@ def test_a_predictor_that_fails_is_switched_off_and_nobody_else_notices(
     habit.fails_at = len(PROMPT)
     with attach_as_device(model, policy="forecast", predictor=habit, graph=True) as offload:
         assert torch.equal(generate(model), stock)
-        wait_until(lambda: offload._observer._error is not None)
+        wait_until(lambda: offload._predictor.observer._error is not None)
         assert torch.equal(generate(model), stock)
         stats = offload.stats()
     assert stats.predictor_failed
@@ -323,7 +323,7 @@ def test_the_predictors_of_the_papers_run_on_it(model: Any, kind: str) -> None:
     with attach_as_device(model, policy=policy, predictor=predictor, graph=True) as offload:
         for _ in range(2):
             assert torch.equal(generate(model), stock)
-            settle(offload._observer)
+            settle(offload._predictor.observer)
         stats = offload.stats()
     assert not stats.predictor_failed
     assert stats.forecasts_used > 0

@@ -1,0 +1,90 @@
+"""The predictor of a served model: how it watches, what came of it, and what happens when it fails.
+
+Knows nothing of how forecasts are made, nor of what backends do with them.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from data.adapters import MoELayer
+from predictors.base import Predictor
+from runtime.backend import Backend, OffloadStats
+from runtime.device_passes import DevicePasses
+from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
+from runtime.policies import make_policy
+
+logger = logging.getLogger(__name__)
+
+
+class ServedPredictor:
+    """Lets a predictor watch a model and tell its backend what to expect, until `remove`.
+
+    Args:
+        model: The model, on its device.
+        layers: Its MoE layers.
+        backend: Serves its experts.
+        predictor: Fitted for it, and bound to it.
+        on_change: Called where captured steps are out of date, also from within one.
+
+    Attributes:
+        observer: How it watches.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        layers: Sequence[MoELayer],
+        backend: Backend,
+        predictor: Predictor,
+        on_change: Callable[[], None],
+    ) -> None:
+        self._backend, self._on_change = backend, on_change
+        self._counts = ForecastCounts(predictor.kind)
+        self.observer = make_observer(
+            model=model,
+            layers=layers,
+            predictor=predictor,
+            backend=backend,
+            counts=self._counts,
+            on_failure=self._go_without,
+        )
+
+    def routed(self, layer: int, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
+        """A layer has chosen its experts, and will compute them next."""
+        if isinstance(self.observer, DevicePasses):
+            self.observer.routed(layer, topk_expert_ids_TK, topk_weights_TK)
+
+    def why_not_captured(self) -> str | None:
+        """As `DevicePasses.why_not_captured`."""
+        observer = self.observer
+        return observer.why_not_captured() if isinstance(observer, DevicePasses) else None
+
+    def add_to(self, stats: OffloadStats) -> OffloadStats:
+        """The same figures, with those of the forecasts."""
+        return dataclasses.replace(
+            stats,
+            predictor=self._counts.predictor,
+            predictor_failed=self._counts.is_off,
+            forecasts_used=self._counts.used,
+            forecast_age_tokens=self._counts.age_tokens,
+        )
+
+    def remove(self) -> None:
+        """Stop watching; a second call does nothing."""
+        self.observer.remove()
+
+    def _go_without(self, error: Exception) -> None:
+        """The predictor has failed: keep what is worth keeping by a policy that needs none."""
+        self._counts.is_off = True
+        logger.warning(
+            "Predictor %s has failed and is switched off; policy %s from here on",
+            self._counts.predictor,
+            FALLBACK_POLICY,
+            exc_info=error,
+        )
+        self._backend.use_policy(make_policy(FALLBACK_POLICY))
+        self._on_change()
