@@ -47,7 +47,7 @@ class HostHabit(Habit):
         self.fails_at: int | None = None
         self.prompts: list[str | None] = []
         self.tokens: list[tuple[int, int | None, int | None]] = []
-        self.states: list[int] = []
+        self.states: list[State] = []
 
     def graph_module(self, *, batch_size: int, **options: Any) -> None:
         return None
@@ -56,13 +56,14 @@ class HostHabit(Habit):
         self.is_asked.set()
         assert self.may_go_on.wait(PATIENCE_S)
         self.prompts.append(request.prompt)
-        self.states.append(id(state))
+        self.states.append(state)
         return super().on_request(state, request)
 
     def on_token(self, state: State, expert_map_LE: Tensor, **ids: Any) -> Forecast | None:
         assert self.may_go_on.wait(PATIENCE_S)
         assert not expert_map_LE.requires_grad
-        self.tokens.append((self.states.index(id(state)), ids["token_id"], ids["next_token_id"]))
+        (number,) = [n for n, known in enumerate(self.states) if known is state]
+        self.tokens.append((number, ids["token_id"], ids["next_token_id"]))
         if len(self.tokens) == self.fails_at:
             raise ZeroDivisionError("nobody has thought of this")
         return super().on_token(state, expert_map_LE, **ids)
