@@ -263,11 +263,12 @@ def test_a_backlog_is_bounded_and_what_is_shed_is_counted(model: Any, habit: Hos
     watched = Watched(model, habit, max_backlog=2)
     model.register_forward_hook(lambda *_: asked(habit))
     generate(model)
+    assert watched.forecasts.num_shed == NEW_TOKENS - 3, "one is searched for, two wait"
     habit.may_go_on.set()
+    watched.settle()
     generate(model, [OTHER])
     watched.settle()
     watched.forecasts.remove()
-    assert watched.forecasts.num_shed == NEW_TOKENS - 3, "one is searched for, two wait"
     assert not watched.errors
     for _, token, after in habit.tokens:  # no map is shown with another token's ids
         assert token is not None
