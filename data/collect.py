@@ -173,6 +173,7 @@ def _fill(
 ) -> None:
     """Collect the shards that are not there yet."""
     done, settings = writer.done_request_ids, inputs.settings
+    assert settings is not None
     if len(done) == len(requests):
         logger.info("traces %s are complete: nothing to collect", path)
         return
@@ -220,6 +221,7 @@ def _trace_batch(
     inputs: StoreInputs,
 ) -> list[Trace]:
     settings = inputs.settings
+    assert settings is not None
     generated = continue_batch(
         model,
         [request.token_ids for request in batch],

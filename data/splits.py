@@ -75,6 +75,29 @@ def split_by_topic(
     return {name: split_of[name] for name in topics_of}
 
 
+def split_of(
+    request_id: str,
+    *,
+    seed: int = 0,
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),
+) -> Split:
+    """The split of a request of a set that still grows: by its name alone, so it never changes.
+
+    The shares are met on average only, and topics are not kept together.
+
+    Args:
+        request_id: Its name.
+        seed: Another seed gives another split.
+        fractions: Shares of fit, val and test, in [0, 1]; they sum to 1.
+    """
+    if len(fractions) != 3 or min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-6:
+        raise ValueError(f"fractions={fractions}: must be three shares in [0, 1] that sum to 1")
+    point = int.from_bytes(_hash(seed, request_id)[:8], "big") / 2**64
+    if point < fractions[0]:
+        return "fit"
+    return "val" if point < fractions[0] + fractions[1] else "test"
+
+
 def _cut(names: Sequence[str], fractions: tuple[float, float, float]) -> dict[str, Split]:
     """The first names to fit, then val, then test, by count; every wanted split gets one first."""
     share_of = {split: share for split, share in zip(SPLITS, fractions, strict=True) if share}

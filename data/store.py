@@ -150,12 +150,7 @@ class TraceStoreWriter:
         self._footers: dict[int, Footer] = {}
         self._is_complete = False
         path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputExistsError(path, "another process is writing to it") from None
+        self._lock = lock_folder(path)
         try:
             self._take_over()
         except BaseException:
@@ -205,24 +200,7 @@ class TraceStoreWriter:
             trace_digests=tuple(trace_digest(trace) for trace in traces),
             num_tokens=sum(trace.num_tokens for trace in traces),
         )
-        # Neither dictionaries nor statistics: measured on router probabilities they triple the
-        # time of writing and of reading, and save nothing.
-        with (
-            atomic_path(self._path / _shard_name(index)) as temporary,
-            pq.ParquetWriter(
-                temporary,
-                self._schema,
-                compression="zstd",
-                use_dictionary=False,
-                write_statistics=False,
-            ) as writer,
-        ):
-            for trace in traces:
-                columns = [
-                    one_row(getattr(trace, field.name), field.type) for field in self._schema
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
-            writer.add_key_value_metadata({FOOTER_KEY: footer.model_dump_json()})
+        write_shard_file(self._path / shard_name(index), footer, traces, schema=self._schema)
         self._footers[index] = footer
 
     def finish(self) -> None:
@@ -241,27 +219,15 @@ class TraceStoreWriter:
         }
         if missing := [name for name in self._split if name not in place]:
             raise ValueError(f"{self._path}: {len(missing)} requests are missing: {missing[:3]}...")
-        files = [self._path / _shard_name(index) for index in indices]
-        manifest = Manifest(
-            schema_version=SCHEMA_VERSION,
-            digest=digest_json(
-                [
-                    {**self._inputs.spec.to_json(), "model_id": ""},
-                    self._inputs.probs_kind,
-                    [[name, split, place[name][2]] for name, split in self._split.items()],
-                ]
-            ),
-            num_requests=len(self._split),
-            num_tokens=sum(footer.num_tokens for footer in self._footers.values()),
-            inputs=self._inputs,
-            requests=tuple(
-                RequestEntry(request_id=name, split=split, shard=place[name][0], row=place[name][1])
+        manifest = manifest_of(
+            self._inputs,
+            requests=[
+                (RequestEntry(request_id=name, split=split, shard=shard, row=row), digest)
                 for name, split in self._split.items()
-            ),
-            shards=tuple(
-                ShardEntry(file=file.name, sha256=sha256_file(file), num_bytes=file.stat().st_size)
-                for file in files
-            ),
+                for shard, row, digest in [place[name]]
+            ],
+            shards=[shard_entry(self._path / shard_name(index)) for index in indices],
+            num_tokens=sum(footer.num_tokens for footer in self._footers.values()),
         )
         write_json(self._path / MANIFEST, manifest.model_dump(mode="json"))
 
@@ -305,8 +271,75 @@ class TraceStoreWriter:
             )
 
 
-def _shard_name(index: int) -> str:
+def lock_folder(path: Path) -> int:
+    """Lock a folder against a second writer, until the descriptor that this returns is closed."""
+    lock = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OutputExistsError(path, "another process is writing to it") from None
+    return lock
+
+
+def shard_name(index: int) -> str:
+    """The file of the index-th shard."""
     return f"shard-{index:05d}.parquet"
+
+
+def shard_entry(file: Path) -> ShardEntry:
+    """What the manifest says of a shard that is written."""
+    return ShardEntry(file=file.name, sha256=sha256_file(file), num_bytes=file.stat().st_size)
+
+
+def write_shard_file(
+    file: Path, footer: Footer, traces: Sequence[Trace], *, schema: pa.Schema
+) -> None:
+    """Write one shard, atomically."""
+    # Neither dictionaries nor statistics: measured on router probabilities they triple the
+    # time of writing and of reading, and save nothing.
+    with (
+        atomic_path(file) as temporary,
+        pq.ParquetWriter(
+            temporary, schema, compression="zstd", use_dictionary=False, write_statistics=False
+        ) as writer,
+    ):
+        for trace in traces:
+            columns = [one_row(getattr(trace, field.name), field.type) for field in schema]
+            writer.write_table(pa.Table.from_arrays(columns, schema=schema))
+        writer.add_key_value_metadata({FOOTER_KEY: footer.model_dump_json()})
+
+
+def manifest_of(
+    inputs: StoreInputs,
+    *,
+    requests: Sequence[tuple[RequestEntry, str]],
+    shards: Sequence[ShardEntry],
+    num_tokens: int,
+) -> Manifest:
+    """The manifest of a store whose shards are written.
+
+    Args:
+        inputs: What it was made from.
+        requests: Each request, in the store's order, and the digest of its trace.
+        shards: The shards, in the order to which the requests refer.
+        num_tokens: Routed tokens of all requests.
+    """
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        digest=digest_json(
+            [
+                {**inputs.spec.to_json(), "model_id": ""},
+                inputs.probs_kind,
+                [[entry.request_id, entry.split, digest] for entry, digest in requests],
+            ]
+        ),
+        num_requests=len(requests),
+        num_tokens=num_tokens,
+        inputs=inputs,
+        requests=tuple(entry for entry, _ in requests),
+        shards=tuple(shards),
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -83,7 +83,8 @@ class StoreInputs(_Strict):
         dtype: What the model ran in.
         source: Name of the prompts' source.
         source_digest: Digest of its content.
-        settings: How requests were cut, batched, continued and recorded.
+        settings: How requests were cut, batched, continued and recorded; None for those of a
+            server's clients, who each decide it.
         probs_kind: What the recorded probabilities are.
         requests_per_shard: How requests are cut into shards.
     """
@@ -96,7 +97,7 @@ class StoreInputs(_Strict):
     dtype: str
     source: str
     source_digest: str
-    settings: CollectSettings
+    settings: CollectSettings | None
     probs_kind: ProbsKind
     requests_per_shard: int
 
