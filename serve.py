@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,11 @@ from runtime.forecasts import FALLBACK_POLICY
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.server.app import create_app
+from runtime.server.artifact_reload import ArtifactReloader
 from runtime.server.generation import GenerationEngine
 from runtime.server.logs import use_format
 from runtime.server.options import Limits, ServerOptions
+from runtime.server.recording import open_recording
 from runtime.server.run import bind, serve
 from runtime.server.security import check_exposure, load_api_keys
 
@@ -65,6 +68,11 @@ def place(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any
     return {"device": device, "budget_bytes": cfg.budget}
 
 
+def find_artifact(cfg: DictConfig, spec: MoESpec) -> Path | None:
+    """The artifact that the configuration names, or the newest that fits the model."""
+    return Path(cfg.artifact) if cfg.artifact else newest_artifact(Path(cfg.paths.artifacts), spec)
+
+
 def server_options(cfg: DictConfig) -> ServerOptions:
     """What the operator decided; ValueError where the server would be open to strangers."""
     options = ServerOptions(
@@ -82,7 +90,7 @@ def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | N
     if policy.foresight != "forecast":
         return policy, None
     folder = Path(cfg.paths.artifacts)
-    artifact = Path(cfg.artifact) if cfg.artifact else newest_artifact(folder, spec)
+    artifact = find_artifact(cfg, spec)
     if artifact is None:
         log.warning(
             "no artifact for %s in %s: policy %s instead of %s; python train.py makes one",
@@ -123,6 +131,15 @@ def run(cfg: DictConfig) -> int:
         resident = None
         if reserved is None:
             resident = record(model, tokenizer(CHECK_PROMPT).input_ids)
+        recorder = None
+        if cfg.serve.record and reserved is not None:
+            recorder = open_recording(
+                Path(cfg.serve.record),
+                model,
+                model_id=cfg.model.id,
+                prompts=cfg.serve.record_prompts,
+                max_requests=cfg.serve.record_max_requests,
+            )
         offload = stack.enter_context(
             attach(
                 model,
@@ -135,8 +152,26 @@ def run(cfg: DictConfig) -> int:
             return check(model, offload, resident)
         assert reserved is not None
         engine = GenerationEngine(
-            model=model, tokenizer=tokenizer, offload=offload, max_queue=cfg.serve.max_queue
+            model=model,
+            tokenizer=tokenizer,
+            offload=offload,
+            max_queue=cfg.serve.max_queue,
+            mode=cfg.serve.engine,
+            max_batch=cfg.serve.max_batch,
+            kv_tokens=cfg.serve.kv_tokens,
+            scheduler=cfg.serve.scheduler,
+            recorder=recorder,
         )
+        served_artifact = find_artifact(cfg, spec)
+        if predictor is not None and served_artifact is not None:
+            reloader = ArtifactReloader(
+                find=partial(find_artifact, cfg, spec),
+                served=served_artifact,
+                spec=spec,
+                swap=lambda new: engine.between_steps(partial(offload.swap_predictor, new)),
+                poll_s=cfg.serve.artifact_reload_s,
+            )
+            engine.reloader = stack.enter_context(reloader)
         app = create_app(engine, model_name=cfg.model.id, options=options)
         serve(app, reserved=reserved, drain_s=cfg.serve.drain_s)
     return 0

@@ -37,6 +37,7 @@ from runtime.static_kv import KVPool, addresses, one_position, why_not_capturabl
 logger = logging.getLogger(__name__)
 
 _MAX_GRAPHS = 16
+_MIN_CACHE_TOKENS = 256
 
 
 _StepFn = Callable[[Cache], Any]
@@ -167,6 +168,16 @@ class DecodeGraph:
             setattr(
                 model, name, functools.update_wrapper(functools.partial(ours), self._stock[name])
             )
+
+    def new_cache(self, max_tokens: int) -> Any:
+        """An empty KV cache of one sequence, over which steps are captured; one at a time.
+
+        Args:
+            max_tokens: The most positions that it will hold. Rounded up, so that sequences of about
+                the same length share a graph.
+        """
+        rounded = max(_MIN_CACHE_TOKENS, 1 << (max_tokens - 1).bit_length())
+        return self._prepare_static_cache("static", 1, rounded)
 
     def add_to(self, stats: OffloadStats) -> OffloadStats:
         """The same figures, with those of the graphs."""

@@ -42,6 +42,7 @@ from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, recorder_for
 from runtime.gpu_memory import context_of
 from runtime.graph_forecasts import device_bytes
+from runtime.observer import Observer, PassRow
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.prefill_chunks import chunked_prefill
@@ -108,6 +109,52 @@ class Offload:
         if self._predictor is not None:
             self._predictor.observer.begin_request(*prompts)
 
+    @property
+    def follows_batches(self) -> bool:
+        """Whether forecasts are right for several sequences in a pass: on a CPU, or without any."""
+        return self._predictor is None or isinstance(self._predictor.observer, Observer)
+
+    def announce(self, rows: Sequence[PassRow]) -> None:
+        """Say whose tokens the next pass computes; otherwise those of the rows of its input."""
+        if (observer := self._row_observer()) is not None:
+            observer.announce(rows)
+        elif rows[0].position == 0:
+            self.begin_request(rows[0].prompt or "")
+
+    def expected_use(self, row: PassRow) -> Tensor | None:
+        """Probability that a sequence's next token uses each expert, float32 [L, E], or None."""
+        observer = self._row_observer()
+        if observer is None or (forecast := observer.foresee(row)) is None:
+            return None
+        return forecast.next_LE
+
+    def captured_cache(self, max_tokens: int) -> Any:
+        """A KV cache over which decode steps are captured; None where none are."""
+        if self._graph is None or self._row_observer() is not None:  # a replay runs no hooks
+            return None
+        return self._graph.new_cache(max_tokens)
+
+    def end_request(self, key: str, *, remember: bool = True) -> None:
+        """Say that an announced sequence is over, and whether it counts as a finished request."""
+        if (observer := self._row_observer()) is not None:
+            observer.end_request(key, remember=remember)
+
+    def swap_predictor(self, predictor: Predictor) -> None:
+        """Let another predictor forecast from the next pass on; ValueError if it cannot."""
+        if self._predictor is None:
+            raise ValueError("no predictor is served: the policy reads no forecasts")
+        check_spec(predictor, self.spec)
+        predictor.bind(self._model)
+        self._predictor.remove()
+        self._observe(self._model, self._layers, predictor)
+        if self._graph is not None:
+            self._graph.forget()
+
+    def _row_observer(self) -> Observer | None:
+        """Who can tell the sequences of a pass apart, if anybody watches in that way."""
+        observer = None if self._predictor is None else self._predictor.observer
+        return observer if isinstance(observer, Observer) else None
+
     def detach(self) -> None:
         """Give the model back as it was, to the bit; a second call does nothing.
 
@@ -173,6 +220,8 @@ class Offload:
         self._backend.reset()
 
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
+        self._model, self._layers = model, layers
+
         def capture_anew() -> None:
             if self._graph is not None:
                 self._graph.forget()

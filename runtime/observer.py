@@ -1,17 +1,21 @@
 """Shows a running model's routing to a predictor, and passes its forecasts on.
 
 Hooks on the model and its routers collect each forward pass's expert maps. A pass's `on_tokens` is
-called at the start of the *next* forward pass: only then is its map whole and the id that follows
-it known, and still nothing of the next token has been routed. So forecasts are strictly causal:
-those that `predictors.base.walk` makes from the recorded trace.
+called at the start of its request's *next* forward pass: only then is its map whole and the id that
+follows it known, and still nothing of the next token has been routed. So forecasts are strictly
+causal: those that `predictors.base.walk` makes from the recorded trace.
 
 What a predictor says of a layer that has routed (`on_routed`) is asked for right after its router
-ran, in passes of one token a row, and passed on before the layer's experts are computed.
+ran, of requests with one token in the pass, and passed on before the layer's experts are computed.
 
-A request begins where a forward pass starts without a past (an empty KV cache), or where the
-caller says so. Each row of a batch has its own `State`; the forecast passed on is their mean. Where
-the next batch begins, the requests of the last one are finished: a predictor that remembers
-requests (`Predictor.with_history`) is shown then what they used.
+Whose tokens a pass computes is told in one of two ways. Who batches (`runtime.server`) announces
+the rows of each pass by name (`announce`, `end_request`): a request may sit out passes, come in
+pieces, and begin behind a prefix that another one has computed. Without that, a pass's rows are
+those of ``input_ids``, and a request begins where a forward pass starts without a past (an empty
+KV cache), or where the caller says so (`begin_request`), and ends where the next batch begins.
+
+Each request has its own `State`; the forecast passed on is the mean over the requests of the pass.
+A predictor that remembers requests (`Predictor.with_history`) is shown what finished ones used.
 
 Knows nothing of caches, slots or how experts are computed.
 
@@ -19,6 +23,7 @@ Shape letters: B requests · T tokens of a forward pass · L MoE layers · E exp
 """
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,8 +33,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from data.adapters import MoELayer, router_probs_TE
-from predictors.base import Forecast, Predictor, Request, State
+from predictors.base import Forecast, Predictor, Request
 from predictors.request_history import RequestHistory
+from runtime.observed_request import ObservedRequest, PassRow
+
+__all__ = ["Observer", "PassRow"]
 
 
 class Observer:
@@ -62,15 +70,19 @@ class Observer:
         self._history = RequestHistory()
         self._predictor = predictor.with_history(self._history)
         remembers = self._predictor is not predictor
-        self._uses = _Uses(predictor.fitted_spec().top_k) if remembers else None
+        self._top_k = predictor.fitted_spec().top_k if remembers else None
         self._on_forecast = on_forecast
         self._on_later = on_later if "routed" in predictor.moments else None
         self._on_ahead = on_ahead if "layer" in predictor.moments else None
         self._prompts: tuple[str, ...] | None = None
-        self._states: list[State] = []
-        self._forecasts: list[Forecast | None] = []
+        self._announced: Sequence[PassRow] | None = None
+        self._named: dict[str, ObservedRequest] = {}
+        # The last pass: its requests, their tokens, which of them are prompts, each layer's map.
+        self._rows: list[ObservedRequest] = []
+        self._are_named = False
         self._last = _Tokens([], [])
-        self._maps: list[Tensor | None] = [None] * len(layers)  # of the last pass, each [B * T, E]
+        self._prompt_rows: list[bool] = []
+        self._maps: list[Tensor | None] = [None] * len(layers)  # each [B * T, E]
         self._handles: list[RemovableHandle] = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *(moe.router.register_forward_hook(self._router_hook(moe)) for moe in layers),
@@ -84,6 +96,35 @@ class Observer:
         """
         self._prompts = prompts
 
+    def announce(self, rows: Sequence[PassRow]) -> None:
+        """Say whose tokens the next forward pass computes, one request after the other."""
+        self._announced = rows
+
+    def foresee(self, row: PassRow) -> Forecast | None:
+        """What is forecast of a sequence now, whether it has begun or not.
+
+        Args:
+            row: It, with any of its tokens; of one that has not begun, the request alone is asked.
+        """
+        request = self._named.get(row.key)
+        if request is None:
+            ids_P = np.array(row.prompt_ids, np.int32)
+            request = self._new(Request(prompt=row.prompt, token_ids_P=ids_P))
+            self._named[row.key] = request
+        return request.forecast
+
+    def end_request(self, key: str, *, remember: bool = True) -> None:
+        """Forget an announced request; unknown ones are no matter.
+
+        Args:
+            key: Its name.
+            remember: Whether it goes into the history, as one that has finished does.
+        """
+        self._settle()
+        request = self._named.pop(key, None)
+        if request is not None and remember:
+            self._add_to_history(request)
+
     def remove(self) -> None:
         """Take the hooks away; a second call does nothing."""
         for handle in self._handles:
@@ -95,8 +136,10 @@ class Observer:
             probs_TE = router_probs_TE(moe, output[0])
             probs_TE = probs_TE.reshape(-1, probs_TE.shape[-1])
             self._maps[moe.layer] = probs_TE
-            if self._on_later is not None and len(probs_TE) == len(self._states):
-                self._on_later(moe.layer, self._later_E(moe.layer, probs_TE.cpu()))
+            if self._on_later is not None:
+                later_E = self._later_E(moe.layer, probs_TE)
+                if later_E is not None:
+                    self._on_later(moe.layer, later_E)
             if self._on_ahead is not None:
                 input_TD = args[0].detach().flatten(0, -2)
                 if said := self._ahead(moe.layer, input_TD, probs_TE):
@@ -104,19 +147,30 @@ class Observer:
 
         return keep_map
 
-    def _later_E(self, layer: int, probs_BE: Tensor) -> Tensor:
-        """What the rows of a batch of single tokens say together of a layer that has routed."""
-        said = [
-            self._predictor.on_routed(state, layer, probs_E)
-            for state, probs_E in zip(self._states, probs_BE, strict=True)
+    def _later_E(self, layer: int, probs_TE: Tensor) -> Tensor | None:
+        """What those requests that compute one token say together of a layer that has routed."""
+        if not self._are_named and len(probs_TE) != len(self._rows):
+            return None
+        singles = [
+            (request, where[0])
+            for request, where in zip(self._rows, self._last.where, strict=True)
+            if len(where) == 1
         ]
-        return torch.stack([later_E for later_E in said if later_E is not None]).mean(0)
+        if not singles:
+            return None
+        probs_BE = probs_TE[[at for _, at in singles]].cpu()
+        said = [
+            self._predictor.on_routed(request.state, layer, probs_E)
+            for (request, _), probs_E in zip(singles, probs_BE, strict=True)
+        ]
+        known = [later_E for later_E in said if later_E is not None]
+        return torch.stack(known).mean(0) if known else None
 
     def _ahead(self, layer: int, input_TD: Tensor, probs_TE: Tensor) -> list[Tensor]:
         """What each row's tokens will use in the layers after one that has routed."""
         said = [
-            self._predictor.on_layer(state, layer, input_TD[where], probs_TE[where])
-            for state, where in zip(self._states, self._last.where, strict=True)
+            self._predictor.on_layer(request.state, layer, input_TD[where], probs_TE[where])
+            for request, where in zip(self._rows, self._last.where, strict=True)
         ]
         return [said_THE for said_THE in said if said_THE is not None]
 
@@ -124,54 +178,88 @@ class Observer:
     def _before_forward(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        arguments = self._signature.bind_partial(*args, **kwargs).arguments
+        self._settle()
+        if self._announced is not None:
+            self._take_announced(self._announced)
+            self._announced = None
+        else:
+            self._take_rows(self._signature.bind_partial(*args, **kwargs).arguments)
+        for request, ids in zip(self._rows, self._last.ids, strict=True):
+            request.show(ids[0] if ids else None)
+        if known := [row.forecast for row in self._rows if row.forecast is not None]:
+            self._on_forecast(_mean(known))
+
+    def _take_announced(self, rows: Sequence[PassRow]) -> None:
+        """The pass's requests by name: those that are known go on, others begin."""
+        if not self._are_named:
+            self._finish_rows()
+        self._are_named = True
+        self._last = _Tokens.flat([row.ids for row in rows])
+        self._prompt_rows = [row.position < len(row.prompt_ids) for row in rows]
+        self._rows = []
+        for row in rows:
+            request = self._named.get(row.key)
+            # Computed anew from an earlier token: whoever remembers it would see tokens twice.
+            if request is None or request.next_position != row.position:
+                ids_P = np.array(row.prompt_ids, np.int32)
+                request = self._new(Request(prompt=row.prompt, token_ids_P=ids_P), row.position)
+                self._named[row.key] = request
+            self._rows.append(request)
+
+    def _take_rows(self, arguments: Mapping[str, Any]) -> None:
+        """The pass's requests by their places in the batch."""
         tokens = _Tokens.of(arguments)
         past = arguments.get("past_key_values")
         starts = past is None or past.get_seq_length() == 0
-        if starts or self._prompts is not None or len(tokens.ids) != len(self._states):
+        starts = starts or self._prompts is not None or self._are_named
+        if starts or len(tokens.ids) != len(self._rows):
             self._begin(tokens)
         else:
-            self._finish(next_tokens=tokens)
+            self._prompt_rows = [False] * len(self._rows)
         self._last = tokens
-        self._maps = [None] * len(self._maps)
-        if known := [forecast for forecast in self._forecasts if forecast is not None]:
-            self._on_forecast(_mean(known))
 
     def _begin(self, tokens: "_Tokens") -> None:
         prompts: Sequence[str | None] = self._prompts or [None] * len(tokens.ids)
         self._prompts = None
-        if self._uses is not None:
-            self._uses.count(self._last, self._maps)
-            for use_LE in self._uses.finish():
-                self._history.add(use_LE)
+        if not self._are_named:
+            self._finish_rows()
+        self._are_named = False
         if len(prompts) != len(tokens.ids):
             raise ValueError(
                 f"begin_request named {len(prompts)} prompts, but the batch has "
                 f"{len(tokens.ids)} rows: give one text per row, or none"
             )
-        self._states = [self._predictor.new_state() for _ in prompts]
-        self._forecasts = []
-        for state, prompt, ids in zip(self._states, prompts, tokens.ids, strict=True):
-            known = None not in ids
-            request = Request(prompt=prompt, token_ids_P=np.array(ids, np.int32) if known else None)
-            self._forecasts.append(self._predictor.on_request(state, request))
+        self._rows = []
+        for prompt, ids in zip(prompts, tokens.ids, strict=True):
+            ids_P = None if None in ids else np.array(ids, np.int32)
+            self._rows.append(self._new(Request(prompt=prompt, token_ids_P=ids_P)))
+        self._prompt_rows = [True] * len(self._rows)
 
-    def _finish(self, *, next_tokens: "_Tokens") -> None:
-        """Show every token of the last forward pass to its row's state, in order."""
+    def _new(self, request: Request, position: int = 0) -> ObservedRequest:
+        return ObservedRequest(self._predictor, request, top_k=self._top_k, position=position)
+
+    def _settle(self) -> None:
+        """The last pass is over: each of its requests gets what its tokens were routed to."""
         maps = [map_TE for map_TE in self._maps if map_TE is not None]
-        if len(maps) < len(self._maps):
-            return  # that pass was broken off: its tokens were not routed in every layer
-        if self._uses is not None:
-            self._uses.count(self._last, self._maps)
+        is_whole = len(maps) == len(self._maps)  # or it was broken off, and counts for nothing
+        self._maps = [None] * len(self._maps)
+        if not is_whole:
+            return
         maps_TLE = torch.stack(maps, dim=1).cpu()
-        for row, (ids, where) in enumerate(zip(self._last.ids, self._last.where, strict=True)):
+        for request, ids, where, is_prompt in zip(
+            self._rows, self._last.ids, self._last.where, self._prompt_rows, strict=True
+        ):
             if ids:
-                self._forecasts[row] = self._predictor.on_tokens(
-                    self._states[row],
-                    maps_TLE[where],
-                    token_ids_T=ids,
-                    next_token_ids_T=[*ids[1:], *(next_tokens.ids[row][:1] or [None])],
-                )
+                request.routed(maps_TLE[where], ids, is_prompt=is_prompt)
+
+    def _finish_rows(self) -> None:
+        for request in self._rows:
+            self._add_to_history(request)
+        self._rows = []
+
+    def _add_to_history(self, request: ObservedRequest) -> None:
+        if (use_LE := request.use_LE()) is not None:
+            self._history.add(use_LE)
 
 
 class _Tokens:
@@ -185,6 +273,13 @@ class _Tokens:
     def __init__(self, ids: list[list[int | None]], where: list[list[int]]) -> None:
         self.ids = ids
         self.where = where
+
+    @classmethod
+    def flat(cls, rows: Sequence[Sequence[int]]) -> "_Tokens":
+        """Rows that lie one after the other, without padding between them."""
+        starts = list(itertools.accumulate((len(row) for row in rows), initial=0))
+        where = [list(range(a, b)) for a, b in itertools.pairwise(starts)]
+        return cls([list(row) for row in rows], where)
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> "_Tokens":
@@ -204,47 +299,6 @@ class _Tokens:
             [None] * (num_rows * num_tokens) if ids_BT is None else ids_BT.flatten().tolist()
         )
         return cls([[flat[i] for i in row] for row in where], where)
-
-
-class _Uses:
-    """What the requests of a batch have used so far, as `routing.request_use_LE` counts it.
-
-    Args:
-        top_k: K.
-    """
-
-    def __init__(self, top_k: int) -> None:
-        self._top_k = top_k
-        self._use_BLE: list[Tensor] = []
-        self._num_tokens: list[int] = []
-        self._num_passes = 0
-
-    def count(self, tokens: "_Tokens", maps: Sequence[Tensor | None]) -> None:
-        """Add a forward pass; one that was broken off, or had no rows, counts for nothing."""
-        known = [map_TE for map_TE in maps if map_TE is not None]
-        if len(known) < len(maps) or not tokens.where:
-            return
-        maps_TLE = torch.stack(known, dim=1).cpu()
-        used_TLK = maps_TLE.topk(self._top_k, dim=-1).indices
-        use_TLE = torch.zeros_like(maps_TLE, dtype=torch.float32).scatter_(-1, used_TLK, 1.0)
-        rows = [use_TLE[where] for where in tokens.where]
-        if self._num_passes < 2:  # the prompt counts only as long as nothing has been decoded
-            self._use_BLE = [torch.zeros_like(use_TLE[0]) for _ in rows]
-            self._num_tokens = [0] * len(rows)
-        for row, row_TLE in enumerate(rows):
-            self._use_BLE[row] += row_TLE.sum(dim=0)
-            self._num_tokens[row] += len(row_TLE)
-        self._num_passes += 1
-
-    def finish(self) -> list[Tensor]:
-        """Share of each request's tokens that used each expert, [L, E]; then start anew."""
-        uses = [
-            use_LE / num_tokens
-            for use_LE, num_tokens in zip(self._use_BLE, self._num_tokens, strict=True)
-            if num_tokens
-        ]
-        self._use_BLE, self._num_tokens, self._num_passes = [], [], 0
-        return uses
 
 
 def _mean(forecasts: Sequence[Forecast]) -> Forecast:

@@ -1,52 +1,52 @@
 """The engine: a bounded queue, and one thread that owns the model and works the queue off.
 
-Sequences run one at a time, in order of arrival. With experts offloaded that costs least at small
-load, since every further sequence makes each layer touch more experts; batching would replace
-`GenerationEngine._run` and nothing in front of it.
+How sequences run, one by one or many in a forward pass, is the matter of `runtime.server.worker`;
+the engine admits them, tells how it is doing, and ends. A sequence can be stopped between any two
+tokens, and greedy tokens equal those of ``model.generate``. Of the model's generation config only
+the end-of-sequence ids are used: how to sample is for the request to say.
 
-The token loop is our own, because text has to leave token by token and a sequence must be
-stoppable between two tokens. Its parts are transformers' own (cache, logits processors), and greedy
-tokens equal those of ``model.generate``. Of the model's generation config only the end-of-sequence
-ids are used: how to sample is for the request to say.
+What breaks the thread's loop (an error outside of any sequence's step, or whoever kills threads)
+ends the sequences that were running with a `Failure`; the thread then tries the model again and
+goes on with those that wait. Where it does not get anywhere, the state is "failed".
 
-Knows nothing of HTTP, JSON or asyncio. Shape letters: T tokens; V is the vocabulary.
+Knows nothing of HTTP, JSON or asyncio.
 """
 
-import inspect
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
-from runtime.server.routing import TakeRouting, can_tell_routing, record_routing
-from runtime.server.sampling import Sampler, read_prompt
+from runtime.server.artifact_reload import ArtifactReloader
+from runtime.server.model_facts import context_tokens, eos_ids
+from runtime.server.recording import TrafficRecorder
+from runtime.server.routing import can_tell_routing
 from runtime.server.sequence import (
     ContextLengthError,
     EngineObserver,
     EngineUnavailableError,
     ExpertOffload,
     Failure,
-    FinishReason,
     Generation,
     GenerationRequest,
     NullObserver,
     Outcome,
-    Piece,
     QueueFullError,
     Sink,
 )
-from runtime.server.text import TextStream
+from runtime.server.worker import MODES, Mode, Worker
 
 logger = logging.getLogger(__name__)
 
 EngineState = Literal["loading", "ready", "draining", "stopped", "failed"]
+
+_MAX_RESTARTS = 3  # of the loop, without a sequence that was answered in between
+_NOTHING_TO_DO_S = 0.01  # until it is asked again whether a sequence can go on
 
 
 class GenerationEngine:
@@ -59,9 +59,15 @@ class GenerationEngine:
         model: A causal language model of transformers, in eval mode, experts offloaded or not.
         tokenizer: Its tokenizer.
         offload: What `runtime.engine.attach` gave for this model, or None.
-        max_queue: How many sequences may wait behind the one that runs. A request with n choices
+        max_queue: How many sequences may wait behind those that run. A request with n choices
             or several prompts counts as so many sequences.
         max_context_tokens: Prompt and answer together; None takes the model's own limit.
+        mode: "single" runs one sequence at a time, "batched" all together, "auto" what is faster
+            (`runtime.server.worker`).
+        max_batch: Sequences that run at once, unless the mode is "single".
+        kv_tokens: Tokens that the KV cache of a batch holds; None decides by the context.
+        scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING.
+        recorder: Gets each answered sequence with its routing, and is closed with the engine.
 
     Raises:
         ValueError: A value is out of range, or the model does not say its limit.
@@ -75,31 +81,55 @@ class GenerationEngine:
         offload: ExpertOffload | None = None,
         max_queue: int = 64,
         max_context_tokens: int | None = None,
+        mode: Mode = "single",
+        max_batch: int = 16,
+        kv_tokens: int | None = None,
+        scheduler: str = "fifo",
+        recorder: TrafficRecorder | None = None,
     ) -> None:
         if max_queue < 0:
             raise ValueError(f"max_queue={max_queue}: must be at least 0")
-        self._config = model.config.get_text_config(decoder=True)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: must be one of {MODES}")
+        if max_batch < 1:
+            raise ValueError(f"max_batch={max_batch}: must be at least 1")
+        config = model.config.get_text_config(decoder=True)
         self.tokenizer = tokenizer
         self.offload = offload
-        self.max_context_tokens = _context_tokens(self._config, max_context_tokens)
-        self.vocab_size: int = self._config.vocab_size
+        self.max_context_tokens = context_tokens(config, max_context_tokens)
+        if kv_tokens is not None and kv_tokens < self.max_context_tokens:
+            raise ValueError(
+                f"kv_tokens={kv_tokens}: must be at least the context of {self.max_context_tokens} "
+                "tokens, which one sequence may fill"
+            )
+        self.vocab_size: int = config.vocab_size
         self.tells_routing = can_tell_routing(model)
-        self.capacity = max_queue + 1
-        self._model = model
-        self._forward_options: dict[str, Any] = (
-            {"logits_to_keep": 1}
-            if "logits_to_keep" in inspect.signature(model.forward).parameters
-            else {}
+        self.capacity = max_queue + (1 if mode == "single" else max_batch)
+        self._worker = Worker(
+            model=model,
+            tokenizer=tokenizer,
+            eos_ids=eos_ids(model, tokenizer),
+            mode=mode,
+            max_batch=max_batch,
+            kv_tokens=kv_tokens,
+            context_tokens=self.max_context_tokens,
+            on_end=self._end,
+            offload=offload,
+            scheduler=scheduler,
+            recorder=recorder,
         )
-        self._eos_ids = _eos_ids(model, tokenizer)
+        self.recorder = recorder
+        self.reloader: ArtifactReloader | None = None  # set by who starts one
         self._observer: EngineObserver = NullObserver()
         self._thread = threading.Thread(target=self._work, name="generation", daemon=True)
         # Guards everything below; notified when a sequence arrives or the state changes.
         self._changed = threading.Condition()
-        self._waiting: deque[Generation] = deque()
-        self._running: Generation | None = None
+        self._waiting: deque[Generation] = deque()  # not yet given to the worker
+        self._changes: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._open: set[Generation] = set()  # these, and those that the worker has
         self._state: EngineState = "loading"
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
+        self._num_restarts = self._restarts_in_a_row = 0
 
     @property
     def state(self) -> EngineState:
@@ -107,19 +137,38 @@ class GenerationEngine:
         return self._state
 
     @property
-    def failure(self) -> Exception | None:
+    def failure(self) -> BaseException | None:
         """Why the state is "failed"."""
         return self._failure
 
     @property
     def num_waiting(self) -> int:
         """Sequences that were submitted and not begun."""
-        return len(self._waiting)
+        with self._changed:
+            return sum(generation.timings.started_s is None for generation in self._open)
 
     @property
     def num_running(self) -> int:
         """Sequences that are being generated."""
-        return int(self._running is not None)
+        with self._changed:
+            return sum(generation.timings.started_s is not None for generation in self._open)
+
+    @property
+    def num_restarts(self) -> int:
+        """How often the thread's loop broke and went on, or a step's error emptied the batch."""
+        return self._num_restarts + self._worker.num_resets
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the batch's KV cache that sequences hold; 0 where there is none."""
+        batch = self._worker.batch
+        return 0.0 if batch is None else batch.kv_usage
+
+    @property
+    def prefix_tokens(self) -> tuple[int, int]:
+        """Prompt tokens looked up among those of other sequences, and those found there."""
+        batch = self._worker.batch
+        return (0, 0) if batch is None else (batch.num_prompt_tokens, batch.num_prefix_tokens)
 
     def start(self, observer: EngineObserver | None = None) -> None:
         """Begin to work, on a thread of its own; returns at once. Call once."""
@@ -155,15 +204,34 @@ class GenerationEngine:
         with self._changed:
             if self._state not in ("loading", "ready"):
                 raise EngineUnavailableError(self._why_unavailable())
-            num_unfinished = self.num_waiting + self.num_running
-            if num_unfinished + len(requests) > self.capacity:
+            if len(self._open) + len(requests) > self.capacity:
                 raise QueueFullError(
-                    f"{num_unfinished} of {self.capacity} places are taken and "
+                    f"{len(self._open)} of {self.capacity} places are taken and "
                     f"{len(requests)} were asked for: try again later"
                 )
             self._waiting.extend(generations)
+            self._open.update(generations)
             self._changed.notify_all()
         return generations
+
+    def between_steps(self, change: Callable[[], None], *, timeout_s: float = 60.0) -> None:
+        """Run ``change`` on the engine's thread, between two steps, and wait for it.
+
+        Raises:
+            EngineUnavailableError: The engine does not run, or did not get to it in time.
+            Exception: What ``change`` raised.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._state not in ("loading", "ready"):
+                raise EngineUnavailableError(self._why_unavailable())
+            self._changes.append((change, done))
+            self._changed.notify_all()
+        try:
+            done.result(timeout_s)
+        except TimeoutError:
+            done.cancel()
+            raise EngineUnavailableError("the engine was busy for too long") from None
 
     def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Take no more sequences, finish those submitted within ``drain_s``, and end the thread.
@@ -205,8 +273,10 @@ class GenerationEngine:
     def _discard(self, generation: Generation) -> None:
         """Give a cancelled sequence's place in the queue back at once."""
         with self._changed:
+            if generation.timings.started_s is None:
+                self._open.discard(generation)
             if generation not in self._waiting:
-                return
+                return  # the worker drops it before its next step
             self._waiting.remove(generation)
         self._end(generation, "abort")
 
@@ -215,141 +285,96 @@ class GenerationEngine:
     def _work(self) -> None:
         try:
             with torch.inference_mode():
-                any_id_11 = torch.zeros((1, 1), dtype=torch.long, device=self._model.device)
-                self._forward(any_id_11, self._new_cache())
+                self._run_until_told()
+        finally:
+            # Reached in the middle only by what cannot be handled; nobody may wait for ever.
+            self._move("failed", among=("loading", "ready", "draining"))
+            self._fail_waiting()
+
+    def _run_until_told(self) -> None:
+        if self._try_out(among=("loading",)):
+            self._move("ready", among=("loading",))
+            logger.info("Ready, with %d tokens of context", self.max_context_tokens)
+            self._worker.observer = self._observer
+        while True:
+            try:
+                while self._admit():
+                    if not self._worker.step():
+                        time.sleep(_NOTHING_TO_DO_S)
+                break
+            except BaseException as error:  # a thread that is killed, too, shall not go silently
+                if not self._restart(error):
+                    break
+        self._worker.close()
+        self._move("stopped", among=("draining",))
+
+    def _try_out(self, *, among: Sequence[EngineState]) -> bool:
+        try:
+            self._worker.try_out()
         except Exception as error:
             logger.exception("The model does not run; requests get a 503")
             self._failure = error
-            self._move("failed", among=("loading", "draining"))
-        else:
-            self._move("ready", among=("loading",))
-            logger.info("Ready, with %d tokens of context", self.max_context_tokens)
-        while (generation := self._next()) is not None:
-            self._run(generation)
-            with self._changed:
-                self._running = None
-        self._move("stopped", among=("draining",))
+            self._move("failed", among=(*among, "draining"))
+            return False
+        return True
 
-    def _next(self) -> Generation | None:
-        """The next sequence, or None when there will be none; fails what will never run."""
+    def _restart(self, error: BaseException) -> bool:
+        """After the loop broke: whether it may go on."""
+        logger.critical("The engine's loop was broken off", exc_info=error)
+        cause = EngineUnavailableError(
+            f"the engine was interrupted: {type(error).__name__}: {error}"
+        )
+        self._worker.fail_all(cause, "error")
+        self._num_restarts += 1
+        self._restarts_in_a_row += 1
+        if self._restarts_in_a_row > _MAX_RESTARTS:
+            logger.error("Interrupted %d times in a row: giving up", self._restarts_in_a_row)
+            self._failure = error
+            self._move("failed", among=("ready", "draining"))
+            return True  # those that wait are told
+        self._try_out(among=("ready",))
+        return True
+
+    def _admit(self) -> bool:
+        """Wait for something to do and give the worker what it has room for; False at the end."""
         with self._changed:
-            while self._state == "ready" and not self._waiting:
+            while self._state == "ready" and not (
+                self._waiting or self._worker.num_sequences or self._changes
+            ):
                 self._changed.wait()
-            if self._state in ("ready", "draining") and self._waiting:
-                self._running = self._waiting.popleft()
-                return self._running
+            changes, self._changes = self._changes, deque()
+        for change, done in changes:
+            if done.set_running_or_notify_cancel():
+                try:
+                    change()
+                except Exception as error:
+                    done.set_exception(error)
+                else:
+                    done.set_result(None)
+        with self._changed:
+            if self._state in ("ready", "draining"):
+                while self._waiting and self._worker.has_room:
+                    self._worker.add(self._waiting.popleft())
+                if self._worker.num_sequences or self._state == "ready":
+                    return True
+        self._worker.fail_all(EngineUnavailableError(self._why_unavailable()), "abort")
+        self._fail_waiting()
+        return False
+
+    def _fail_waiting(self) -> None:
+        with self._changed:
             orphans = list(self._waiting)
             self._waiting.clear()
         for generation in orphans:
-            self._fail(generation, EngineUnavailableError(self._why_unavailable()), "abort")
-        return None
-
-    def _run(self, generation: Generation) -> None:
-        """Generate one sequence; whatever happens to it, the engine lives on."""
-        generation.timings.started_s = time.perf_counter()
-        try:
-            wanted = generation.request.routed_experts
-            with torch.inference_mode(), record_routing(self._model, wanted=wanted) as routing:
-                outcome = self._generate(generation, routing)
-        except EngineUnavailableError as error:
-            self._fail(generation, error, "abort")
-        except Exception as error:
-            logger.exception("Request %s failed", generation.request.request_id)
-            self._fail(generation, error, "error")
-        else:
-            self._end(generation, outcome)
-
-    def _generate(self, generation: Generation, routing: TakeRouting) -> Outcome:
-        request, device = generation.request, self._model.device
-        sampler = Sampler(
-            request.sampling,
-            device=device,
-            num_prompt_tokens=len(request.prompt_ids),
-            eos_ids=sorted(self._eos_ids),
-        )
-        pieces = TextStream(
-            self.tokenizer,
-            stops=request.stops,
-            context_ids=request.prompt_ids if request.continues_prompt else (),
-            min_tokens=request.sampling.min_tokens,
-        )
-        if self.offload is not None:
-            text = request.prompt_text
-            self.offload.begin_request(
-                self.tokenizer.decode(request.prompt_ids) if text is None else text
-            )
-        cache = self._new_cache()
-        ids_1T = torch.tensor([request.prompt_ids], dtype=torch.long, device=device)
-        num_fed = 0
-        while not generation.cancelled:
-            if self._state == "stopped":
-                raise EngineUnavailableError(self._why_unavailable())
-            told = None
-            if request.prompt_logprobs is None or num_fed:
-                logits_1V = self._forward(ids_1T[:, num_fed:], cache)
-            else:
-                read = partial(self._forward, cache=cache, keep_all=True)
-                logits_1V, told = read_prompt(read, ids_1T, num_top=request.prompt_logprobs)
-            next_11 = sampler(ids_1T, logits_1V)
-            token_id = int(next_11)  # on a GPU the host waits for the token here
-            self._observer.on_token(
-                num_prompt_tokens=0 if num_fed else len(request.prompt_ids),
-                since_last_s=generation.clock_token(),
-            )
-            piece = self._piece(
-                generation,
-                token_id,
-                pieces,
-                logprobs=sampler.logprobs(token_id, logits_1V),
-                prompt_logprobs=told,
-                routed_experts_TLK=routing(),
-            )
-            generation.sink(piece)
-            if piece.finish_reason is not None:
-                return piece.finish_reason
-            num_fed = ids_1T.shape[1]
-            ids_1T = torch.cat([ids_1T, next_11], dim=-1)
-        return "abort"
-
-    def _forward(self, ids_1T: Tensor, cache: DynamicCache, *, keep_all: bool = False) -> Tensor:
-        """The logits after ``ids_1T``, which extend what ``cache`` holds.
-
-        [1, V] after the last of them; with ``keep_all`` [T, V], after each.
-        """
-        options = {} if keep_all else self._forward_options
-        output = self._model(input_ids=ids_1T, past_key_values=cache, use_cache=True, **options)
-        logits_TV: Tensor = output.logits[0]
-        return logits_TV if keep_all else logits_TV[-1:]
-
-    def _new_cache(self) -> DynamicCache:
-        return DynamicCache(config=self._config)
-
-    def _piece(self, generation: Generation, token_id: int, text: TextStream, **told: Any) -> Piece:
-        """What the token adds to the text, and whether it ends the sequence.
-
-        Args:
-            generation: The sequence.
-            token_id: Its next token.
-            text: What decodes it.
-            told: Further fields of the piece.
-        """
-        is_eos = token_id in self._eos_ids and not generation.request.ignore_eos
-        is_last = is_eos or generation.num_tokens == generation.max_tokens
-        shown = text.push(token_id)
-        if is_last and not text.stopped:
-            shown += text.finish()
-        reason: FinishReason | None = None
-        if is_eos or text.stopped:
-            reason = "stop"
-        elif is_last:
-            reason = "length"
-        return Piece(generation.index, token_id, shown, reason, **told)
-
-    def _fail(self, generation: Generation, error: Exception, outcome: Outcome) -> None:
-        generation.sink(Failure(generation.index, error))
-        self._end(generation, outcome)
+            error = EngineUnavailableError(self._why_unavailable())
+            generation.sink(Failure(generation.index, error))
+            self._end(generation, "abort")
 
     def _end(self, generation: Generation, outcome: Outcome) -> None:
+        with self._changed:
+            self._open.discard(generation)
+        if outcome in ("stop", "length"):
+            self._restarts_in_a_row = 0
         logger.info(
             "Request %s[%d]: %d prompt tokens, %d generated, %s, %.3f s",
             generation.request.request_id,
@@ -372,26 +397,3 @@ class GenerationEngine:
         if self._failure is not None:
             return f"the model does not run: {type(self._failure).__name__}: {self._failure}"
         return "the server is shutting down"
-
-
-def _context_tokens(config: Any, wanted: int | None) -> int:
-    """The context in tokens: what the user wants within what the model's positions allow."""
-    limit: int | None = getattr(config, "max_position_embeddings", None)
-    if wanted is None and limit is None:
-        raise ValueError(
-            "max_context_tokens is needed: the model's config has no max_position_embeddings"
-        )
-    if wanted is not None and (wanted < 2 or (limit is not None and wanted > limit)):
-        upper = "" if limit is None else f" and at most max_position_embeddings={limit}"
-        raise ValueError(f"max_context_tokens={wanted}: must be at least 2{upper}")
-    context = wanted or limit
-    assert context is not None
-    return context
-
-
-def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The ids that end a sequence in ``model.generate``, or the tokenizer's where it names none."""
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if eos is None:
-        eos = tokenizer.eos_token_id
-    return frozenset([eos] if isinstance(eos, int) else eos or ())

@@ -1,9 +1,9 @@
 """Prometheus metrics: of requests under vLLM's names, of experts under our own.
 
-The ``vllm:`` names and meanings are those that existing dashboards query. Not offered, because
-there is nothing to measure: ``kv_cache_usage_perc`` (no paged cache), ``prefix_cache_*`` (no such
-cache). What the engine does is counted as it happens; what the expert cache does is read from its
-own counters at each scrape, so that nothing is counted twice.
+The ``vllm:`` names and meanings are those that existing dashboards query; those of the paged KV
+cache stay at 0 where sequences run one at a time. What the engine does is counted as it happens;
+what it and the expert cache count themselves is read at each scrape, so that nothing is counted
+twice.
 """
 
 from collections.abc import Iterator
@@ -68,6 +68,9 @@ class ServerMetrics:
         self._request_generation = self._histogram(
             "request_generation_tokens", "Generated tokens of a sequence.", _TOKENS
         )
+        kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
+        kv_usage.set_function(lambda: engine.kv_usage)
+        self.registry.register(EngineCollector(engine, model_name=model_name))
         if engine.offload is not None:
             self.registry.register(ExpertCollector(engine.offload, model_name=model_name))
 
@@ -78,12 +81,15 @@ class ServerMetrics:
     def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
         """See `EngineObserver`."""
         self._generation_tokens.inc()
-        self._iteration_tokens.observe(num_prompt_tokens + 1)
         if num_prompt_tokens:
             self._prompt_tokens.inc(num_prompt_tokens)
             self._ttft.observe(since_last_s)
         else:
             self._inter_token.observe(since_last_s)
+
+    def on_step(self, *, num_tokens: int, num_sequences: int) -> None:
+        """See `EngineObserver`."""
+        self._iteration_tokens.observe(num_tokens)
 
     def on_end(self, generation: Generation, outcome: Outcome) -> None:
         """See `EngineObserver`. Times and lengths are those of complete sequences only."""
@@ -114,6 +120,61 @@ class ServerMetrics:
             f"vllm:{name}", text, ("model_name",), buckets=buckets, registry=self.registry
         )
         return histogram.labels(self._model_name)
+
+
+class EngineCollector(Collector):
+    """Shows what the engine counts itself, read anew at each scrape.
+
+    Args:
+        engine: Whose.
+        model_name: Label of every metric.
+    """
+
+    def __init__(self, engine: GenerationEngine, *, model_name: str) -> None:
+        self._engine = engine
+        self._model_name = model_name
+
+    def collect(self) -> Iterator[Metric]:
+        """The counters as they are now."""
+        queries, hits = self._engine.prefix_tokens
+        rows = [
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the KV cache.", queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found there, and not computed.", hits),
+            (
+                "moecast_engine_restarts",
+                "Times that an error outside of one sequence ended those that were running.",
+                self._engine.num_restarts,
+            ),
+        ]
+        if (recorder := self._engine.recorder) is not None:
+            rows += [
+                ("moecast_recorded_requests", "Requests recorded.", recorder.num_recorded),
+                (
+                    "moecast_record_dropped_requests",
+                    "Requests that could not be recorded.",
+                    recorder.num_dropped,
+                ),
+            ]
+            active = GaugeMetricFamily(
+                "moecast_record_active",
+                "1 while traffic is recorded, 0 once that has ended.",
+                labels=("model_name",),
+            )
+            active.add_metric([self._model_name], float(recorder.is_active))
+            yield active
+        if (reloader := self._engine.reloader) is not None:
+            rows += [
+                ("moecast_artifact_reloads", "Artifacts that took over.", reloader.num_reloads),
+                (
+                    "moecast_artifact_refusals",
+                    "Artifacts that were refused while the old one went on.",
+                    reloader.num_refusals,
+                ),
+            ]
+        for name, text, value in rows:
+            counter = CounterMetricFamily(name, text, labels=("model_name",))
+            counter.add_metric([self._model_name], value)
+            yield counter
 
 
 class ExpertCollector(Collector):

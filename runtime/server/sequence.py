@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from data.schema import MoESpec
+from runtime.observed_request import PassRow
 from runtime.server.sampling import SamplingParams, TokenLogprobs
 
 FinishReason = Literal["stop", "length"]
@@ -98,8 +100,25 @@ class ExpertOffload(Protocol):
         """Slots of each MoE layer."""
         ...
 
-    def begin_request(self, *prompts: str) -> None:
-        """Say that new requests begin: forecasts are never made from another request's routing."""
+    @property
+    def follows_batches(self) -> bool:
+        """Whether forecasts are right for several sequences in a pass."""
+        ...
+
+    def announce(self, rows: Sequence[PassRow]) -> None:
+        """Say whose tokens the next forward pass computes, one sequence after the other."""
+        ...
+
+    def expected_use(self, row: PassRow) -> Tensor | None:
+        """Probability that a sequence's next token uses each expert, float32 [L, E], or None."""
+        ...
+
+    def captured_cache(self, max_tokens: int) -> Any:
+        """A KV cache over which decode steps are captured; None where none are."""
+        ...
+
+    def end_request(self, key: str, *, remember: bool = True) -> None:
+        """Say that an announced sequence is over, and whether it counts as a finished request."""
         ...
 
     def stats(self) -> ExpertStats:
@@ -230,6 +249,10 @@ class Generation:
         self._cancelled.set()
         self._discard(self)
 
+    def begin(self) -> None:
+        """Note that the wait is over; does nothing the second time."""
+        self.timings.started_s = self.timings.started_s or time.perf_counter()
+
     def clock_token(self) -> float:
         """Count a token that is just computed; return the seconds since the one before.
 
@@ -250,11 +273,20 @@ class EngineObserver(Protocol):
     """
 
     def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
-        """A forward pass is over and has given one token.
+        """A sequence has got a token.
 
         Args:
-            num_prompt_tokens: Prompt tokens that it read: 0 after a sequence's first token.
+            num_prompt_tokens: Its prompt's length with the first token, 0 with every other.
             since_last_s: Seconds since the sequence's token before, or since its arrival.
+        """
+        ...
+
+    def on_step(self, *, num_tokens: int, num_sequences: int) -> None:
+        """A forward pass is over.
+
+        Args:
+            num_tokens: Prompt tokens that it read, and tokens that were chosen from its logits.
+            num_sequences: Sequences that they belong to.
         """
         ...
 
@@ -267,6 +299,9 @@ class NullObserver:
     """For an engine that nobody measures."""
 
     def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
+        """Ignore it."""
+
+    def on_step(self, *, num_tokens: int, num_sequences: int) -> None:
         """Ignore it."""
 
     def on_end(self, generation: Generation, outcome: Outcome) -> None:

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from transformers import GenerationConfig, Qwen3MoeConfig
 
 from data.schema import MoESpec
+from runtime.observed_request import PassRow
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import Failure, Generation, GenerationRequest, Piece
 
@@ -84,17 +85,28 @@ class FakeOffload:
         expert_bytes_per_layer=(100, 200),
     )
     slots = (3, 2)
+    follows_batches = True
 
     def __init__(self) -> None:
-        self.prompts: list[tuple[str, ...]] = []
+        self.rows: list[PassRow] = []
+        self.ended: list[tuple[str, bool]] = []
         self.counted: Any = SimpleNamespace(
             **dict.fromkeys(("hits", "misses", "streamed", "evictions", "miss_bytes"), 0),
             stall_s=0.0,
             predictor=None,
         )
 
-    def begin_request(self, *prompts: str) -> None:
-        self.prompts.append(prompts)
+    def announce(self, rows: Sequence[PassRow]) -> None:
+        self.rows += rows
+
+    def captured_cache(self, max_tokens: int) -> None:
+        return None
+
+    def expected_use(self, row: PassRow) -> None:
+        return None
+
+    def end_request(self, key: str, *, remember: bool = True) -> None:
+        self.ended.append((key, remember))
 
     def stats(self) -> Any:
         return self.counted

@@ -114,7 +114,7 @@ def test_metrics_count_what_happened_under_vllms_names(serve: Serve, tokenizer: 
         assert found[f"vllm:{name}_count"] == 2
     assert found["vllm:request_generation_tokens_sum"] == num_said + 1
     assert found["vllm:iteration_tokens_total_sum"] == 2 * num_read + num_said + 1
-    assert not any(name.startswith("moecast_") for name in found)
+    assert not any(name.startswith("moecast_expert_") for name in found)
 
 
 def test_expert_metrics_are_the_offloads_own_counters(serve: Serve) -> None:
@@ -125,7 +125,7 @@ def test_expert_metrics_are_the_offloads_own_counters(serve: Serve) -> None:
     offload.counted.evictions = 9
     offload.counted.miss_bytes, offload.counted.stall_s = 5000, 1.5
     found = samples(client)
-    assert {name: value for name, value in found.items() if name.startswith("moecast_")} == {
+    assert {name: value for name, value in found.items() if name.startswith("moecast_expert_")} == {
         "moecast_expert_cache_hits_total": 70,
         "moecast_expert_cache_misses_total{reason=loaded}": 26,
         "moecast_expert_cache_misses_total{reason=streamed}": 4,

@@ -302,17 +302,24 @@ def test_the_offload_hears_of_each_request_before_it_runs(start: Start, tokenize
     ids = tokenizer("known by ids", add_special_tokens=False).input_ids
     generate(engine, [10], max_tokens=1, prompt_text="known by text")
     generate(engine, ids, max_tokens=1)
-    assert offload.prompts == [("known by text",), ("known by ids",)]
+    told = [row for row in offload.rows if row.key != "try-out"]
+    assert [row.prompt for row in told] == ["known by text", "known by ids"]
+    assert [list(row.ids) for row in told] == [[10], ids]
+    assert offload.ended == [("try-out", False), (told[0].key, True), (told[1].key, True)]
 
 
 class RecordingObserver:
     def __init__(self) -> None:
         self.read: list[int] = []
         self.ends: list[tuple[int, Outcome]] = []
+        self.steps: list[tuple[int, int]] = []
 
     def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
         assert since_last_s >= 0
         self.read.append(num_prompt_tokens)
+
+    def on_step(self, *, num_tokens: int, num_sequences: int) -> None:
+        self.steps.append((num_tokens, num_sequences))
 
     def on_end(self, generation: Generation, outcome: Outcome) -> None:
         self.ends.append((generation.num_tokens, outcome))
@@ -328,6 +335,7 @@ def test_the_observer_hears_every_token_and_every_end(start: Start) -> None:
         generate(engine, [10])
     engine.shutdown()
     assert observer.read == [3, 0, 1, 0, 0, 0]
+    assert observer.steps == [(4, 1), (1, 1), (2, 1), *[(1, 1)] * 3]
     assert observer.ends == [(2, "length"), (4, "stop"), (0, "error")]
 
 

@@ -270,8 +270,7 @@ def test_a_client_that_hangs_up_frees_the_engine(run: Run, stream: bool) -> None
             f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
         )
         wait_until(lambda: model.num_forwards == 2)  # the trial pass and the first token's
-        running = engine._running
-        assert running is not None
+        (running,) = engine._open
     wait_until(lambda: running.cancelled)
     model.let(1)  # the pass that was under way; no other may follow
     wait_until(lambda: engine.num_running == 0)

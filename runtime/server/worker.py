@@ -1,0 +1,403 @@
+"""Runs the sequences that were admitted: where each one's logits are computed, step by step.
+
+Two ways exist: `SinglePath` computes one sequence's next token, `BatchedPath` those of many in one
+forward pass. Which is used:
+
+- ``single``: one sequence at a time, in order of arrival.
+- ``batched``: all sequences together.
+- ``auto``: measured at the start (`path_times`). Where a step for four sequences takes longer than
+  four steps for one (offloaded experts can make it so), as ``single``. Else together; a sequence
+  that is alone runs by itself where that is faster, and moves to the batch when others come, which
+  computes its tokens so far once more. Who asks for what a batch does not give runs by itself.
+
+Everything happens on the caller's thread. An error within a step reaches the sequences of that
+step and no other; what was in the middle of changing is built anew.
+
+Knows nothing of queues, threads, states or HTTP. Shape letters: V is the vocabulary.
+"""
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+
+from data.observe import RouterRecorder
+from runtime.observed_request import PassRow
+from runtime.server.batched_path import BatchedPath
+from runtime.server.decoding import Decoding
+from runtime.server.path_times import time_paths
+from runtime.server.recording import TrafficRecorder
+from runtime.server.routing import VllmLayout, can_tell_routing
+from runtime.server.sampling import TokenLogprobs
+from runtime.server.sequence import (
+    EngineObserver,
+    ExpertOffload,
+    Failure,
+    Generation,
+    NullObserver,
+    Outcome,
+)
+from runtime.server.single_path import SinglePath
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["auto", "batched", "single"]
+MODES: tuple[Mode, ...] = ("auto", "batched", "single")
+_KV_TOKENS = 32768  # by default no more, unless one sequence's context is longer
+
+EndFn = Callable[[Generation, Outcome], None]
+
+
+class Worker:
+    """Owns the model while the engine's thread runs.
+
+    Args:
+        model: A causal language model of transformers, in eval mode.
+        tokenizer: Its tokenizer.
+        eos_ids: Tokens that end a sequence.
+        mode: See above.
+        max_batch: Sequences that run at once.
+        kv_tokens: Tokens that the batch's KV cache holds; None for ``max_batch`` whole contexts,
+            but at most 32768 or one context.
+        context_tokens: The most tokens of one sequence.
+        on_end: Called once for each sequence that is over.
+        offload: What `runtime.engine.attach` gave for this model, or None.
+        scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING.
+        recorder: Gets each answered sequence with its routing, or None. Prefixes are then not
+            shared, since who shares one is not routed.
+
+    Attributes:
+        observer: Hears of every token and step.
+        num_resets: How often an error within a step made the batch be built anew.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Any,
+        tokenizer: Any,
+        eos_ids: Collection[int],
+        mode: Mode,
+        max_batch: int,
+        kv_tokens: int | None,
+        context_tokens: int,
+        on_end: EndFn,
+        offload: ExpertOffload | None,
+        scheduler: str = "fifo",
+        recorder: TrafficRecorder | None = None,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._mode: Mode = mode
+        self._max_batch = max_batch
+        self._kv_tokens = kv_tokens or min(
+            max_batch * context_tokens, max(context_tokens, _KV_TOKENS)
+        )
+        self._on_end = on_end
+        self._offload = offload
+        self._scheduler = scheduler
+        self._recorder = recorder
+        self._tap: RouterRecorder | None = None
+        self._layout = VllmLayout(model) if can_tell_routing(model) else None
+        self._rows: Sequence[PassRow] = ()  # of the passes since routing was last taken
+        self._keys = (str(number) for number in itertools.count())
+        self._single = SinglePath(
+            model, announce=self._announce, captured_cache=self._captured_cache
+        )
+        self._batch: BatchedPath | None = None
+        self._lone_runs_single = mode == "single"
+        self._incoming: deque[Decoding] = deque()
+        self._batched: list[Decoding] = []
+        self._failed: dict[str, Exception] = {}
+        self.observer: EngineObserver = NullObserver()
+        self.num_resets = 0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are not over."""
+        return len(self._incoming) + len(self._batched) + (self._single.decoding is not None)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it takes another sequence now: in a batch, the scheduler sees all that wait."""
+        return self._mode != "single" or self.num_sequences == 0
+
+    @property
+    def batch(self) -> BatchedPath | None:
+        """The sequences that run together; None where none ever do."""
+        return self._batch
+
+    def try_out(self) -> None:
+        """See that the model runs, and decide what the mode leaves open."""
+        self._see_routers(on=False)
+        self._announce([PassRow("try-out", "", [0], [0], position=0)])
+        self._single.try_out()
+        if self._offload is not None:
+            self._offload.end_request("try-out", remember=False)
+        if self._mode != "single" and self._offload and not self._offload.follows_batches:
+            logger.warning("The predictor follows one sequence: they run one after the other")
+            self._mode = "single"
+        if self._mode != "single" and self._batch is None:
+            self._choose_mode()
+        self._see_routers(on=True)
+
+    def _choose_mode(self) -> None:
+        if self._mode == "auto":
+            batch = self._new_batch()
+            times = time_paths(self._single, batch, self._decoding_of, self._forget)
+            batch.close()
+            logger.info("%s", times)
+            self._lone_runs_single = times.lone_runs_single
+            if not times.batching_pays:
+                self._mode = "single"
+                return
+        self._batch = self._new_batch()  # whose cache and counters know nothing of the trial
+
+    def add(self, generation: Generation) -> None:
+        """Take a sequence."""
+        try:
+            self._incoming.append(self._decoding_of(generation))
+        except Exception as error:
+            logger.exception("Request %s cannot run", generation.request.request_id)
+            generation.sink(Failure(generation.index, error))
+            self._on_end(generation, "error")
+
+    def step(self) -> bool:
+        """Run what can run for one token each.
+
+        Returns:
+            Whether anything was computed.
+        """
+        self._drop_cancelled()
+        self._place()
+        has_run = self._step_batch()
+        return self._step_single() or has_run
+
+    def fail_all(self, error: Exception, outcome: Outcome) -> None:
+        """End every sequence with ``error``; nothing is kept of what they had computed."""
+        running = [*self._batched, *self._incoming]
+        if self._single.decoding is not None:
+            running.append(self._single.decoding)
+        self._single.remove()
+        self._incoming.clear()
+        self._batched.clear()
+        for decoding in running:
+            self._fail(decoding, error, outcome)
+        if self._batch is not None and running:
+            self._batch.reset()
+
+    def close(self) -> None:
+        """Free what belongs to the batch, and write what is recorded; the model is as it was."""
+        self._see_routers(on=False)
+        if self._recorder is not None:
+            self._recorder.close()
+        if self._batch is not None:
+            self._batch.close()
+            self._batch = None
+
+    def _see_routers(self, *, on: bool) -> None:
+        """Read the routers from here on, or no longer; what was half read is forgotten."""
+        self._rows = ()
+        if self._tap is not None:
+            self._tap.__exit__(None, None, None)
+            self._tap = None
+        lone = self._single.decoding
+        asks = lone is not None and lone.generation.request.routed_experts
+        if on and (self._recorder is not None or asks):
+            self._tap = RouterRecorder(self._model, keep_router_probs=False).__enter__()
+
+    def _take_routing(self) -> None:
+        """Give each sequence of the pass what its tokens were routed to."""
+        rows, self._rows = self._rows, ()
+        if self._tap is None:
+            return
+        routing, start = self._tap.take(), 0
+        running = {decoding.key: decoding for decoding in self._batched}
+        if (lone := self._single.decoding) is not None:
+            running[lone.key] = lone
+        for row in rows:
+            end = start + len(row.ids)
+            running[row.key].add_routing(
+                row.position, routing.ids_NLK[start:end], routing.probs_NLK[start:end]
+            )
+            start = end
+
+    def _new_batch(self) -> BatchedPath:
+        return BatchedPath(
+            self._model,
+            choose=self._choose,
+            announce=self._announce,
+            routed=self._take_routing,
+            share_prefixes=self._recorder is None,
+            max_batch=self._max_batch,
+            kv_tokens=self._kv_tokens,
+            scheduler=self._scheduler,
+            expected_use=self._expected_use,
+        )
+
+    def _captured_cache(self, max_tokens: int) -> Any:
+        if self._offload is None or self._recorder is not None:
+            return None  # a replay runs no hooks, and who records reads the routers by them
+        return self._offload.captured_cache(max_tokens)
+
+    def _expected_use(self, decoding: Decoding) -> Tensor | None:
+        if self._offload is None:
+            return None
+        return self._offload.expected_use(decoding.row(0, decoding.num_prompt_tokens))
+
+    def _forget(self, decoding: Decoding) -> None:
+        if self._offload is not None:
+            self._offload.end_request(decoding.key, remember=False)
+
+    def _decoding_of(self, generation: Generation) -> Decoding:
+        return Decoding(
+            generation,
+            key=next(self._keys),
+            tokenizer=self._tokenizer,
+            eos_ids=self._eos_ids,
+            device=self._model.device,
+        )
+
+    def _place(self) -> None:
+        """Give each sequence that came a way to run."""
+        if not self._incoming:
+            return
+        if self._batch is None or (self._lone_runs_single and self.num_sequences == 1):
+            if self._single.decoding is None:
+                self._run_single(self._incoming.popleft())
+            return
+        lone = self._single.decoding
+        if lone is not None and not lone.needs_own_passes:
+            self._single.remove()
+            self._incoming.appendleft(lone)
+        for decoding in list(self._incoming):
+            if not decoding.needs_own_passes:
+                self._incoming.remove(decoding)
+                self._batched.append(decoding)
+                self._batch.add(decoding)
+            elif self._single.decoding is None:
+                self._incoming.remove(decoding)
+                self._run_single(decoding)
+
+    def _run_single(self, decoding: Decoding) -> None:
+        self._single.add(decoding)
+        if decoding.generation.request.routed_experts and self._tap is None:
+            self._see_routers(on=True)
+
+    def _step_batch(self) -> bool:
+        if self._batch is None or not self._batched:
+            return False
+        try:
+            rows = self._batch.step()
+        except Exception as error:
+            logger.exception("A step of %d sequences failed", len(self._batched))
+            failed, self._batched = self._batched, []
+            self.num_resets += 1
+            for decoding in failed:
+                self._fail(decoding, error, "error")
+            self._batch.reset()
+            self._see_routers(on=True)
+            return True
+        if rows:
+            self._tell_step(rows, num_chosen=len(self._batch.choosing))
+        for decoding in [d for d in self._batched if self._is_over(d)]:
+            self._batched.remove(decoding)
+            self._batch.remove(decoding)
+            self._finish(decoding)
+        return bool(rows)
+
+    def _step_single(self) -> bool:
+        decoding = self._single.decoding
+        if decoding is None:
+            return False
+        try:
+            step = self._single.step()
+            self._take_routing()
+        except Exception as error:
+            self._failed[decoding.key] = error
+            self._see_routers(on=True)
+        else:
+            self._choose(decoding, step.logits_1V, step.prompt_logprobs)
+            self._tell_step([step.row], num_chosen=1)
+        if self._is_over(decoding):
+            self._single.remove()
+            self._see_routers(on=True)  # only if somebody still asks
+            self._finish(decoding)
+        return True
+
+    def _choose(
+        self,
+        decoding: Decoding,
+        logits_1V: Tensor,
+        prompt_logprobs: Sequence[TokenLogprobs] | None = None,
+    ) -> int:
+        """Add a token to a sequence and say it; what goes wrong is the sequence's own."""
+        generation = decoding.generation
+        try:
+            piece = decoding.push(logits_1V, prompt_logprobs=prompt_logprobs, layout=self._layout)
+        except Exception as error:
+            self._failed[decoding.key] = error
+            return 0
+        is_first = generation.num_tokens == 0
+        self.observer.on_token(
+            num_prompt_tokens=decoding.num_prompt_tokens if is_first else 0,
+            since_last_s=generation.clock_token(),
+        )
+        generation.sink(piece)
+        return piece.token_id
+
+    def _tell_step(self, rows: Sequence[PassRow], *, num_chosen: int) -> None:
+        num_read = sum(len(row.ids) for row in rows if row.position < len(row.prompt_ids))
+        self.observer.on_step(num_tokens=num_read + num_chosen, num_sequences=len(rows))
+
+    def _drop_cancelled(self) -> None:
+        for decoding in [d for d in self._incoming if d.generation.cancelled]:
+            self._incoming.remove(decoding)
+            self._end(decoding, "abort")
+        for decoding in [d for d in self._batched if d.generation.cancelled]:
+            assert self._batch is not None
+            self._batched.remove(decoding)
+            self._batch.remove(decoding)
+            self._end(decoding, "abort")
+        lone = self._single.decoding
+        if lone is not None and lone.generation.cancelled:
+            self._single.remove()
+            self._see_routers(on=True)  # only if somebody still asks
+            self._end(lone, "abort")
+
+    def _is_over(self, decoding: Decoding) -> bool:
+        return decoding.finish_reason is not None or decoding.key in self._failed
+
+    def _finish(self, decoding: Decoding) -> None:
+        error = self._failed.pop(decoding.key, None)
+        if error is not None:
+            request_id = decoding.generation.request.request_id
+            logger.error("Request %s failed", request_id, exc_info=error)
+            self._fail(decoding, error, "error")
+        else:
+            assert decoding.finish_reason is not None
+            self._record(decoding)
+            self._end(decoding, decoding.finish_reason)
+
+    def _record(self, decoding: Decoding) -> None:
+        if self._recorder is not None and (routed := decoding.routed()) is not None:
+            self._recorder.add(routed)
+
+    def _fail(self, decoding: Decoding, error: Exception, outcome: Outcome) -> None:
+        self._failed.pop(decoding.key, None)
+        decoding.generation.sink(Failure(decoding.generation.index, error))
+        self._end(decoding, outcome)
+
+    def _end(self, decoding: Decoding, outcome: Outcome) -> None:
+        if self._offload is not None:
+            self._offload.end_request(decoding.key, remember=outcome in ("stop", "length"))
+        self._on_end(decoding.generation, outcome)
+
+    def _announce(self, rows: Sequence[PassRow]) -> None:
+        self._rows = [*self._rows, *rows]
+        if self._offload is not None:
+            self._offload.announce(rows)
