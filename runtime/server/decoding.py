@@ -35,6 +35,7 @@ class Decoding:
         ids: Prompt and generated token ids.
         prompt: The prompt's text.
         finish_reason: None until the last token.
+        last_piece: What the last token showed, until somebody says it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Decoding:
         if self.prompt is None:
             self.prompt = tokenizer.decode(request.prompt_ids)
         self.finish_reason: FinishReason | None = None
+        self.last_piece: Piece | None = None
         self._routed: list[tuple[Tensor, Tensor]] = []
         self._num_routed = 0
         self._eos_ids = eos_ids

@@ -123,12 +123,12 @@ class Worker:
 
     @property
     def has_room(self) -> bool:
-        """Whether it takes another sequence now: in a batch, the scheduler sees all that wait."""
+        """Whether it takes another sequence; in a batch, the scheduler sees all that wait."""
         return self._mode != "single" or self.num_sequences == 0
 
     @property
     def batch(self) -> BatchedPath | None:
-        """The sequences that run together; None where none ever do."""
+        """What runs together; None where nothing ever does."""
         return self._batch
 
     def try_out(self) -> None:
@@ -167,11 +167,7 @@ class Worker:
             self._on_end(generation, "error")
 
     def step(self) -> bool:
-        """Run what can run for one token each.
-
-        Returns:
-            Whether anything was computed.
-        """
+        """Run what can run for one token each; whether anything was computed."""
         self._drop_cancelled()
         self._place()
         has_run = self._step_batch()
@@ -191,7 +187,7 @@ class Worker:
             self._batch.reset()
 
     def close(self) -> None:
-        """Free what belongs to the batch, and write what is recorded; the model is as it was."""
+        """Free the batch and write what is recorded; the model is as it was."""
         self._see_routers(on=False)
         if self._recorder is not None:
             self._recorder.close()
@@ -347,7 +343,10 @@ class Worker:
             num_prompt_tokens=decoding.num_prompt_tokens if is_first else 0,
             since_last_s=generation.clock_token(),
         )
-        generation.sink(piece)
+        if piece.finish_reason is None:
+            generation.sink(piece)
+        else:
+            decoding.last_piece = piece  # said once its place is free: who hears it may ask again
         return piece.token_id
 
     def _tell_step(self, rows: Sequence[PassRow], *, num_chosen: int) -> None:
@@ -380,8 +379,10 @@ class Worker:
             self._fail(decoding, error, "error")
         else:
             assert decoding.finish_reason is not None
+            assert decoding.last_piece is not None
             self._record(decoding)
             self._end(decoding, decoding.finish_reason)
+            decoding.generation.sink(decoding.last_piece)
 
     def _record(self, decoding: Decoding) -> None:
         if self._recorder is not None and (routed := decoding.routed()) is not None:

@@ -16,7 +16,7 @@ from benchmarks.soak_load import ANSWER_TOKENS, Arrival, Ask, plan, recorded_arr
 from data.models import load_model
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
-from runtime.server.run import make_server
+from runtime.server.run import bind, make_server
 from tests.runtime.server.fakes import wait_until
 
 RECORDED = [(0.1 * i, 40 + 90 * (i % 9), 30 + 40 * (i % 8)) for i in range(400)]
@@ -29,18 +29,20 @@ def serve() -> Iterator[Serve]:
     running = []
 
     def start(app: FastAPI) -> str:
-        server = make_server(app, port=0, drain_s=5)
-        thread = threading.Thread(target=server.run)
-        running.append((server, thread))
+        server = make_server(app, drain_s=5)
+        reserved = bind(port=0)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})
+        running.append((server, thread, reserved))
         thread.start()
         wait_until(lambda: server.started)
-        host, port = server.servers[0].sockets[0].getsockname()[:2]
+        host, port = reserved.getsockname()[:2]
         return f"http://{host}:{port}"
 
     yield start
-    for server, thread in running:
+    for server, thread, reserved in running:
         server.should_exit = True
         thread.join()
+        reserved.close()
 
 
 def arrivals_of(seconds: float, rate: float, hang_ups: float = 0.3) -> list[Arrival]:
