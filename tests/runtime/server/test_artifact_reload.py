@@ -70,7 +70,9 @@ def favourite(offload: Offload) -> int:
     """What the served predictor expects most."""
     observer = offload._row_observer()
     assert observer is not None
-    request = next(iter(observer._named.values()))
+    request = next(iter(observer._named.values()), None)
+    if request is None:  # just swapped in: it has seen no pass yet
+        return -1
     assert request.forecast is not None
     return int(request.forecast.next_LE[0].argmax())
 
