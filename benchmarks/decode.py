@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import triton
+from safetensors.torch import load_file
 
 from benchmarks import live_testbed
 from benchmarks.decode_report import summary, text_table
@@ -148,9 +149,9 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
     forecaster, fit_s = None, None
     if options.forecaster and shape.held_out:
         started_s = time.perf_counter()
-        forecaster = fitted_forecaster(shape)
-        fit_s = time.perf_counter() - started_s
-        timer.say(f"forecaster fitted in {fit_s:.0f} s, on other topics")
+        forecaster = fitted_forecaster(shape, options.forecaster_state)
+        fit_s = None if options.forecaster_state else time.perf_counter() - started_s
+        timer.say("forecaster is ready" + (f", fitted in {fit_s:.0f} s" if fit_s else ""))
     with_compiler = options.compile_layers and device.type == "cuda"
     compiled = CompiledLayers(bed.model) if with_compiler else None
     own_row = functools.partial(OwnRow, bed, store, compiled=compiled)
@@ -262,11 +263,20 @@ def prefetching_rows(
     ]
 
 
-def fitted_forecaster(shape: Shape) -> Forecaster:
-    """Fitted on the requests whose topics are not replayed; a GPU takes half a minute for it."""
+def fitted_forecaster(shape: Shape, state: str = "") -> Forecaster:
+    """Fitted on the requests whose topics are not replayed; a GPU takes half a minute for it.
+
+    Args:
+        shape: Whose trace.
+        state: Where it has been saved, if it was fitted before.
+    """
     forecaster = Forecaster(seed=0, trainer={"enable_progress_bar": False})
+    traces = traces_of_shape(shape)
+    if state:
+        forecaster.load_state(traces.spec, load_file(state))
+        return forecaster
     with torch.enable_grad():
-        forecaster.fit(traces_of_shape(shape))
+        forecaster.fit(traces)
     return forecaster
 
 

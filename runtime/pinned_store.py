@@ -14,6 +14,7 @@ Shape letters: L MoE layers · E experts per layer · P elements of a record (`e
 import contextlib
 import logging
 import mmap
+import weakref
 from collections.abc import Sequence
 from typing import Any, Self
 
@@ -50,6 +51,9 @@ class PinnedStore:
         self.records_LEP: list[Tensor] = []
         self.is_pinned = True
         self._locked: list[int] = []
+        # Pages that are still locked when they are unmapped cannot be locked again: the finalizer
+        # holds the memory until it has unlocked it, closed or not.
+        self._unlock = weakref.finalize(self, _unlock, self._locked, self.records_LEP)
 
     @classmethod
     def take(cls, layers: Sequence[MoELayer], device: torch.device) -> Self:
@@ -90,6 +94,7 @@ class PinnedStore:
             error = _cudart().cudaHostRegister(records_EP.data_ptr(), pages_bytes, 0)
             if int(error):
                 self.is_pinned = False
+                _forget_error(self.device)
                 logger.warning(
                     "%d bytes of host memory could not be page-locked (%s) after %d layers: "
                     "experts are copied before they are used, at a fraction of the link's rate; "
@@ -140,10 +145,20 @@ class PinnedStore:
 
     def close(self) -> None:
         """Unlock and free the memory."""
-        for address in self._locked:
-            _cudart().cudaHostUnregister(address)
-        self._locked.clear()
-        self.records_LEP.clear()
+        self._unlock()
+
+
+def _unlock(locked: list[int], records_LEP: list[Tensor]) -> None:
+    for address in locked:
+        _cudart().cudaHostUnregister(address)
+    locked.clear()
+    records_LEP.clear()
+
+
+def _forget_error(device: torch.device) -> None:
+    """CUDA tells the next call of what has failed before; here that has been dealt with."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device=device).add_(1)
 
 
 def _cudart() -> Any:

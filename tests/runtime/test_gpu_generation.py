@@ -223,7 +223,7 @@ def test_a_search_of_200_ms_delays_no_token(loaded: Loaded) -> None:
 def test_a_predictor_in_the_graph_is_part_of_the_budget(loaded: Loaded) -> None:
     model = loaded.model.to(torch.bfloat16)
     predictor = untrained_forecaster(spec_of(model), hidden_dim=256)
-    budget_bytes = 120 << 20  # some 17 of 32 slots with it
+    budget_bytes = 140 << 20  # some 17 of 32 slots with it
     torch.cuda.empty_cache()
     before_bytes = torch.cuda.memory_allocated()
     with attach(

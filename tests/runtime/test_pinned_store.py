@@ -1,6 +1,9 @@
 """Experts move to locked pages and back without a bit lost, whatever the system refuses."""
 
+import gc
 import mmap
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,6 +25,7 @@ class FakeCudart:
         self.locked: dict[int, set[int]] = {}
         self.calls = 0
         self._limit = limit
+        self.on_unlock: Callable[[], object] = lambda: None
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
         self.calls += 1
@@ -34,6 +38,7 @@ class FakeCudart:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
+        self.on_unlock()
         del self.locked[address]
         return 0
 
@@ -42,6 +47,7 @@ class FakeCudart:
 def cudart(monkeypatch: pytest.MonkeyPatch) -> FakeCudart:
     fake = FakeCudart()
     monkeypatch.setattr("runtime.pinned_store._cudart", lambda: fake)
+    monkeypatch.setattr("runtime.pinned_store._forget_error", lambda device: None)
     return fake
 
 
@@ -82,6 +88,19 @@ def test_small_layers_share_no_page(cudart: FakeCudart) -> None:
     assert all(record.data_ptr() % mmap.PAGESIZE == 0 for record in store.records_LEP)
     store.close()
     assert not cudart.locked
+
+
+def test_a_store_that_nobody_closes_unlocks_its_pages_before_they_go(cudart: FakeCudart) -> None:
+    """Unmapped while they are locked, the same addresses could not be locked again."""
+    store = small_store(2)
+    records_EP = weakref.ref(store.records_LEP[0])
+    unlocked_alive = []
+    cudart.on_unlock = lambda: unlocked_alive.append(records_EP() is not None)
+    del store
+    gc.collect()
+    assert not cudart.locked
+    assert unlocked_alive == [True, True]
+    assert records_EP() is None
 
 
 def test_a_refusal_is_said_once_and_what_was_locked_is_unlocked(
