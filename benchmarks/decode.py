@@ -36,7 +36,7 @@ from benchmarks.decode_report import summary, text_table
 from benchmarks.decode_rows import Row, StockRow
 from benchmarks.decode_timer import Timer
 from benchmarks.forced_routing import traces_of_shape
-from benchmarks.graph_rows import OwnRow, Prefetching
+from benchmarks.graph_rows import OwnRow
 from benchmarks.link_rates import link_rates
 from benchmarks.offload_baselines import ACCELERATE_INSTALLED, AccelerateOffload, HostSyncLru
 from benchmarks.options import as_json, parse_options
@@ -65,9 +65,11 @@ class Options:
             definition unless something is prefetched; belady is told the truth.
         forecaster: Fit one on topics that are not replayed, where the trace has such, and let it
             say what to keep.
+        forecaster_state: One that was fitted before by this benchmark's rules, on some other
+            machine: its artifact's state.safetensors.
         cpu_lane: Time lfru and the forecaster with the CPU lane, too.
-        prefetch: Let the forecaster prefetch, too, and time what a perfect prediction of the next
-            layer is worth.
+        prefetch: Let the forecaster prefetch, too.
+        prefetch_bounds: Time what a perfect prediction of the next layer would be worth.
         into_slots: Prefetch into slots, not beside them (`PrefetchOptions.into`).
         layers_ahead: How many layers ahead, then.
         repeats: How often each row is timed.
@@ -90,8 +92,10 @@ class Options:
     residencies: tuple[float, ...] = (0.25, 0.4, 0.5, 0.75)
     policies: tuple[str, ...] = ("lru", "lfu", "lfru", "lcp", "belady")
     forecaster: bool = True
+    forecaster_state: str = ""
     cpu_lane: bool = False
     prefetch: bool = True
+    prefetch_bounds: bool = True
     into_slots: bool = False
     layers_ahead: int = 2
     repeats: int = 5
@@ -237,30 +241,25 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
             rows.append(own_row("lfru", slots=slots, cpu_lane=True))
             if forecaster is not None:
                 rows.append(own_row("forecast", slots=slots, predictor=forecaster, cpu_lane=True))
-        if options.prefetch:
-            rows += prefetching_rows(own_row, slots, forecaster, prefetch)
+        if options.prefetch and forecaster is not None:
+            rows.append(
+                own_row(
+                    "forecast",
+                    slots=slots,
+                    predictor=forecaster,
+                    prefetch_by="predictor",
+                    prefetch=prefetch,
+                )
+            )
+        if options.prefetch_bounds:
+            knowing = functools.partial(own_row, slots=slots, prefetch_by="truth")
+            rows.append(knowing("lru", prefetch=prefetch))
+            if forecaster is not None:
+                rows.append(knowing("forecast", predictor=forecaster, prefetch=prefetch))
         measure(rows, residency)
     store.close()
     result["complete"] = True
     return result
-
-
-def prefetching_rows(
-    own_row: Callable[..., OwnRow],
-    slots: int,
-    forecaster: Forecaster | None,
-    prefetch: PrefetchOptions,
-) -> list[Row]:
-    """By the forecaster, and the bounds: by the truth about the next layers."""
-    asked: list[tuple[str, Forecaster | None, Prefetching]] = [("lru", None, "truth")]
-    if forecaster is not None:
-        asked = [("forecast", forecaster, "predictor"), *asked, ("forecast", forecaster, "truth")]
-    return [
-        own_row(
-            policy, slots=slots, predictor=predictor, prefetch_by=prefetch_by, prefetch=prefetch
-        )
-        for policy, predictor, prefetch_by in asked
-    ]
 
 
 def fitted_forecaster(shape: Shape, state: str = "") -> Forecaster:
