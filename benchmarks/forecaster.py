@@ -58,7 +58,7 @@ class Args:
     """Fit and judge the forecaster; max_tokens judges only so many tokens per split.
 
     traces may name gpt-oss-20b and esft; device is auto, cpu or gpu; time_all=false leaves the fit
-    on all tokens out.
+    on all tokens out, past_ids=false the setting with the ids of past tokens only.
     """
 
     traces: list[str] = field(default_factory=lambda: list(TRACES))
@@ -68,6 +68,7 @@ class Args:
     max_tokens: int | None = None
     device: str = "auto"
     time_all: bool = True
+    past_ids: bool = True
     out: Path | None = None
 
 
@@ -93,7 +94,9 @@ def with_past_ids(traces: TraceList) -> TraceList:
     return dataclasses.replace(traces, traces=moved)
 
 
-def settings_of(traces: TraceList, name: str, seed: int) -> dict[str, TraceList]:
+def settings_of(
+    traces: TraceList, name: str, seed: int, *, past_ids: bool = True
+) -> dict[str, TraceList]:
     """What is fitted and judged with one seed, by the name under which it is reported."""
     topics = {trace.request_id: trace.topic for trace in traces.traces}
     if name == "esft":
@@ -106,11 +109,8 @@ def settings_of(traces: TraceList, name: str, seed: int) -> dict[str, TraceList]
             for domain, split in splits.items()
         }
     known = dataclasses.replace(traces, split=split_by_topic(topics, seed=seed))
-    return {
-        name: known,
-        f"{name}, ids of past tokens": with_past_ids(known),
-        f"{name}, no token ids": without_ids(known),
-    }
+    past = {f"{name}, ids of past tokens": with_past_ids(known)} if past_ids else {}
+    return {name: known, **past, f"{name}, no token ids": without_ids(known)}
 
 
 def measure(traces: TraceList, predictor: Forecaster, max_tokens: int | None) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in args.seeds:
         settings: dict[str, TraceList] = {}
         for name, traces in sets.items():
-            settings |= settings_of(traces, name, seed)
+            settings |= settings_of(traces, name, seed, past_ids=args.past_ids)
         for name, traces in settings.items():
             print(f"seed {seed}: {name}", file=sys.stderr)
             run = measure(traces, forecaster(seed), args.max_tokens)
