@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 _EVEN_WEIGHT = 0.5  # requests' worth of even use that a start is mixed with
 _FORGET = 0.9  # what is left of a running loss after each request
 _REQUEST_TOKENS = 512  # of a request at most, its latest: 23 x L x E bytes each
+_OPEN_REQUESTS = 16  # that are gathered from at a time
 _LEARNED_TOKENS = 2048  # of finished requests, likewise
 _TOKENS_PER_STEP = 8
 _MAX_STEPS = 32  # whenever requests have finished: what a next one waits for
@@ -124,8 +125,13 @@ class Follower:
         return Followed(self, start_of(known, self.popularity_LE.shape, self.top_k))
 
     def open(self, followed: "Followed") -> None:
-        """A request has something to learn from."""
+        """A request has something to learn from; of too many, the earliest has had its time.
+
+        Requests that were broken off are among them, since nobody says so.
+        """
         self._open.append(followed)
+        if len(self._open) > _OPEN_REQUESTS:
+            self._open.pop(0).clear()
 
     def rule(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Use by the next token, [..., E], and ``g^(d-1)``, [..., G, E], from [..., E, J]."""

@@ -319,6 +319,21 @@ def test_what_is_remembered_is_bounded(fitted: Forecaster, monkeypatch: pytest.M
     assert [len(part.use_TLE) for part in view._follower._learned] == [30, 30]
 
 
+def test_requests_that_are_broken_off_do_not_pile_up(
+    fitted: Forecaster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("predictors.follower._OPEN_REQUESTS", 3)
+    view = fitted.with_history(RequestHistory())
+    states = [view.new_state() for _ in range(5)]
+    for state in states:
+        view.on_request(state, Request())
+        view.on_token(state, torch.tensor([[0.7, 0.1, 0.1, 0.1]] * 2))
+    assert view._follower is not None
+    assert len(view._follower._open) == 3
+    gathered = [bool(state.followed and state.followed.gathered) for state in states]
+    assert gathered == [False, False, True, True, True]
+
+
 def test_a_start_is_the_use_of_finished_requests_and_even_without() -> None:
     assert torch.equal(start_of([], (2, 4), 1), torch.full((2, 4), 0.25))
     one_LE = torch.tensor([[1.0, 0, 0, 0]] * 2)
