@@ -165,8 +165,8 @@ class GpuExperts:
     ) -> Self:
         """Take the experts out of ``model`` and move the rest of it to ``device``.
 
-        What fails half-way is undone. Where something is prefetched, hooks of the model tell when
-        a pass begins and ends.
+        What fails half-way is undone. Where something is prefetched, or the host helps, hooks of
+        the model tell when a pass begins and ends.
 
         Raises:
             ValueError: The kernels cannot compute these experts; nothing has changed.
@@ -193,8 +193,7 @@ class GpuExperts:
             store.close()
             raise
         backend._model, backend._home = model, home
-        if backend.prefetcher is not None:
-            backend._watch(model)
+        backend._watch(model)
         return backend
 
     @property
@@ -247,6 +246,8 @@ class GpuExperts:
     ) -> Tensor:
         """As `Backend.forward`; without a wait for the host where T is at most `MAX_TOKENS`."""
         num_tokens, prefetcher = len(hidden_TD), self.prefetcher
+        if layer == 0 and self.lane is not None:  # who calls no model has had no hook to do it
+            self.lane.begin_pass()
         if prefetcher is not None:
             prefetcher.join_decision()
         if not self._is_decode(num_tokens):
@@ -306,9 +307,16 @@ class GpuExperts:
         self._prefill.forget()
 
     def _watch(self, model: Any) -> None:
-        """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step."""
+        """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step.
+
+        The lane is told by the model's own hook, which runs before a replay, too.
+        """
+        if (lane := self.lane) is not None:
+            self._hooks.append(model.register_forward_pre_hook(lambda *_: lane.begin_pass()))
+        if self.prefetcher is None:
+            return
         embedding = model.get_input_embeddings()
-        self._hooks = [
+        self._hooks += [
             embedding.register_forward_pre_hook(lambda _, args: self.begin_pass(args[0].numel())),
             model.register_forward_hook(lambda *_: self.after_pass()),
         ]

@@ -4,7 +4,7 @@
 posts a request, and the expert kernel waits for its answer at the end. What the host has computed
 is not in the slots yet: copies on a stream of their own complete them while later layers compute,
 so that the link works when nobody waits for it. They are joined at the end of the forward pass,
-before their layer's next event.
+before their layer's next event; after a pass that was broken off, where the next one begins.
 
 Shape letters: L MoE layers · T tokens · K experts per token · D hidden.
 """
@@ -46,6 +46,7 @@ class GpuLane:
     def __init__(self, lane: CpuLane, store: PinnedStore, rates: LaneRates) -> None:
         self._lane, self._store, self.rates = lane, store, rates
         lane.books.cpu_ns_1.fill_(rates.cpu_ns)
+        self._is_filling = False  # copies were begun that nobody has joined
         self._stream: Any = None
         if store.device.type == "cuda":
             self._stream = torch.cuda.Stream(store.device)  # type: ignore[no-untyped-call]
@@ -78,6 +79,7 @@ class GpuLane:
             raise ValueError(f"cpu_lane={mode!r}: must be False, True or 'auto'")
         if mode is False:
             return None
+        lane: CpuLane | None = None
         try:
             if not store.is_pinned:
                 raise LaneUnavailableError("the experts' memory could not be page-locked")
@@ -89,7 +91,10 @@ class GpuLane:
                 max_tokens=max_tokens,
                 device=store.device,
             )
+            cpu_s = lane.measure_neuron_s()
         except LaneUnavailableError as error:
+            if lane is not None:  # threads that do not answer
+                lane.close()
             if mode is True:
                 raise ValueError(f"cpu_lane=True: there can be no CPU lane: {error}") from error
             logger.warning("No CPU lane: %s", error)
@@ -97,7 +102,6 @@ class GpuLane:
         num_neurons = store.layout.expert_intermediate_size
         neuron_bytes = store.layout.record_bytes / num_neurons
         link_s = link_record_s(store, scratch) / num_neurons
-        cpu_s = lane.measure_neuron_s()
         what = (
             f"{neuron_bytes / cpu_s / 1e9:.1f} GB/s of weights on {lane.num_threads} threads, "
             f"the link {neuron_bytes / link_s / 1e9:.1f}"
@@ -150,6 +154,16 @@ class GpuLane:
         )
         return event
 
+    def begin_pass(self) -> None:
+        """A forward pass begins: what one that was broken off still copies has to be there first.
+
+        The next event might give those slots to others. Costs nothing after a pass that was
+        completed. Never to be called within a capture, nor needed there: what is captured joins its
+        own copies, and is replayed as a whole.
+        """
+        if self._is_filling:
+            self._join()
+
     def complete(self, layer: int, slot_neurons: int, num_uses: int) -> None:
         """After an event's experts: begin to fill its slots; the last layer waits for all.
 
@@ -160,15 +174,22 @@ class GpuLane:
         """
         books = self._lane.books
         if self._fills(layer, slot_neurons):
+            self._is_filling = True
             if self._stream is not None:
                 self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):  # None changes nothing
                 event = LaneEvent(layer, books, self._lane.mailbox, self.rates)
                 fill_slots(event, num_uses=num_uses)
         if layer == self._store.num_layers - 1 and self.rates.most_filling:
-            if self._stream is not None:
-                torch.cuda.current_stream().wait_stream(self._stream)
-            books.fill_done_1.copy_(books.fill_begun_1)  # also of a pass that was broken off
+            self._join()
+
+    def _join(self) -> None:
+        """What follows on the current stream finds all copies done."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        books = self._lane.books
+        books.fill_done_1.copy_(books.fill_begun_1)  # also of what was never begun
+        self._is_filling = False
 
     def _fills(self, layer: int, slot_neurons: int) -> bool:
         """Slots of tops only stay as they are."""

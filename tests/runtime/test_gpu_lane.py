@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.adapters import moe_layers, spec_of
 from runtime import cpu_lane, gpu_lane
+from runtime.cpu_lane import CpuLane
 from runtime.engine import attach
 from runtime.gpu_experts import GpuExperts
 from runtime.gpu_lane import GpuLane, LaneMode
@@ -32,7 +33,7 @@ class Served:
 
     def __init__(self, mode: LaneMode, dtype: torch.dtype = torch.bfloat16, slots: int = 3) -> None:
         model = model_of(dtype)
-        self.spec = spec_of(model)
+        self.model, self.spec = model, spec_of(model)
         self.backend = GpuExperts.build(
             model=model,
             layers=moe_layers(model),
@@ -49,15 +50,19 @@ class Served:
 
     def outputs(self) -> list[Tensor]:
         generator = torch.Generator().manual_seed(0)
-        said = []
-        for num_tokens in LENGTHS:
-            for layer in range(self.spec.num_layers):
-                hidden_TD = torch.randn(num_tokens, 32, generator=generator).bfloat16()
-                scores_TE = torch.rand(num_tokens, self.spec.num_experts, generator=generator)
-                weights_TK, ids_TK = scores_TE.topk(self.spec.top_k)
-                given = [x.to(KERNEL_DEVICE) for x in (hidden_TD, ids_TK, weights_TK)]
-                said.append(self.backend.forward(layer, *given).float().cpu())
-        return said
+        return [
+            self.output(layer, num_tokens, generator)
+            for num_tokens in LENGTHS
+            for layer in range(self.spec.num_layers)
+        ]
+
+    def output(self, layer: int, num_tokens: int, generator: torch.Generator) -> Tensor:
+        """Of one event."""
+        hidden_TD = torch.randn(num_tokens, 32, generator=generator).bfloat16()
+        scores_TE = torch.rand(num_tokens, self.spec.num_experts, generator=generator)
+        weights_TK, ids_TK = scores_TE.topk(self.spec.top_k)
+        given = [x.to(KERNEL_DEVICE) for x in (hidden_TD, ids_TK, weights_TK)]
+        return self.backend.forward(layer, *given).float().cpu()
 
 
 @pytest.fixture
@@ -78,6 +83,46 @@ def test_outputs_agree_with_those_of_the_gpu_alone(served: Served) -> None:
     assert alone.backend.stats().cpu_lane_bytes == 0
     served.backend.cache.check_integrity()
     alone.backend.restore()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 40])
+def test_copies_of_a_pass_that_was_broken_off_are_joined_before_the_next_touches_slots(
+    served: Served, monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    backend, generator = served.backend, torch.Generator().manual_seed(0)
+    lane = backend.lane
+    log: list[str] = []
+    assert lane is not None
+    join, step, prompt = lane._join, backend.cache.step, backend._prefill.forward
+
+    def logged(name: str, call: Any) -> Any:
+        return lambda *args: (log.append(name), call(*args))[1]
+
+    monkeypatch.setattr(lane, "_join", logged("join", join))
+    monkeypatch.setattr(backend.cache, "step", logged("slots", step))
+    monkeypatch.setattr(backend._prefill, "forward", logged("slots", prompt))
+    served.output(0, 1, generator)  # and the host raises before the last layer
+    assert log == ["slots"]
+    served.output(0, num_tokens, generator)
+    assert log == ["slots", "join", "slots"]
+    log.clear()
+    for layer in range(1, served.spec.num_layers):
+        served.output(layer, num_tokens, generator)
+    served.output(0, 1, generator)
+    joins = log.count("join")
+    assert joins == (1 if num_tokens == 1 else 0), "a whole pass has joined its own, once"
+
+
+def test_a_replay_behind_a_pass_that_was_broken_off_waits_for_its_copies(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay runs none of our Python but the model's hooks."""
+    lane, model = served.backend.lane, served.model
+    assert lane is not None
+    served.output(0, 1, torch.Generator().manual_seed(0))
+    assert lane._is_filling
+    monkeypatch.setattr(model, "forward", lambda *args: lane._is_filling)
+    assert model(torch.tensor([[1]])) is False
 
 
 @pytest.mark.gpu
@@ -144,6 +189,30 @@ def test_a_host_that_is_too_slow_gets_no_lane(
     assert served.backend.lane is None
     assert "would not win" in caplog.text
     served.backend.restore()
+
+
+@pytest.mark.parametrize("mode", ["auto", True])
+def test_threads_that_do_not_answer_while_they_are_measured_are_no_lane(
+    mode: LaneMode, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    closed: list[CpuLane] = []
+
+    def measure(lane: CpuLane) -> float:
+        raise cpu_lane.LaneUnavailableError("its threads do not answer within 5 s")
+
+    monkeypatch.setattr(CpuLane, "measure_neuron_s", measure)
+    monkeypatch.setattr(CpuLane, "close", lambda lane: (closed.append(lane), lane._stop()))
+    if mode is True:
+        with pytest.raises(ValueError, match="there can be no CPU lane: its threads do not answer"):
+            Served(mode)
+    else:
+        with caplog.at_level(logging.WARNING):
+            served = Served(mode)
+        assert served.backend.lane is None
+        assert "No CPU lane: its threads do not answer" in caplog.text
+        served.backend.restore()
+    assert len(closed) == 1
+    assert not closed[0].is_on
 
 
 def test_experts_that_the_lane_cannot_compute(caplog: pytest.LogCaptureFixture) -> None:
