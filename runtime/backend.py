@@ -56,6 +56,8 @@ class OffloadStats:
         eager_calls: Why forward passes did not, and how many each.
         predictor: Kind of the predictor whose forecasts are asked for; None if none is.
         predictor_failed: Whether it has raised and is switched off; `policy` "lfru" goes on then.
+        predictor_forgets: Whether it would follow finished requests on a host, and cannot inside
+            captured steps: it says what was fitted, whatever the text.
         forecasts_used: Forward passes that had a forecast to go by.
         forecast_age_tokens: Summed over those: tokens of each request that were fed since the last
             one that the forecast knew. 0 but for predictors on a thread of their own.
@@ -78,6 +80,7 @@ class OffloadStats:
     eager_calls: Mapping[str, int] = field(default_factory=dict)
     predictor: str | None = None
     predictor_failed: bool = False
+    predictor_forgets: bool = False
     forecasts_used: int = 0
     forecast_age_tokens: int = 0
 

@@ -38,12 +38,14 @@ class ForecastCounts:
         age_tokens: Summed over those: tokens of each request that were fed since the last one that
             the forecast knew. 0 unless the predictor runs on a thread of its own.
         is_off: It has failed.
+        forgets: It does without finished requests, which it would go by on a host.
     """
 
     predictor: str
     used: int = 0
     age_tokens: int = 0
     is_off: bool = False
+    forgets: bool = False
 
     def count(self, age_tokens: int = 0) -> None:
         """A forward pass has a forecast to go by."""
@@ -103,7 +105,9 @@ def make_observer(
     }
     if predictor.graph_module(batch_size=1) is None:
         return HostForecasts(**common)
-    return GraphForecasts(**common, on_later=keep_layer, later_LE=backend.later_use_LE)
+    inside = GraphForecasts(**common, on_later=keep_layer, later_LE=backend.later_use_LE)
+    counts.forgets = inside.forgets
+    return inside
 
 
 class _Guarded:

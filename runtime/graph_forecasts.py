@@ -14,6 +14,7 @@ Shape letters: B requests · T tokens of a prompt · L MoE layers · E experts p
 per token.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,10 @@ from torch import Tensor, nn
 from data.adapters import MoELayer
 from predictors.base import Forecast, Predictor
 from predictors.graph import GraphPredictor
+from predictors.request_history import RequestHistory
 from runtime.device_passes import DevicePasses, Pass
+
+logger = logging.getLogger(__name__)
 
 _PROMPT_COPIES = 8  # of a prompt's maps, at most at once while it is handed over
 
@@ -64,6 +68,10 @@ class GraphForecasts(DevicePasses):
         on_pass: Called before each forward pass with its forecast's age, which is 0.
         on_failure: Called with what the predictor raised.
 
+    Attributes:
+        forgets: On a host the predictor would go by finished requests, too. Here nobody shows it
+            any: whole requests never leave the device.
+
     Raises:
         ValueError: The predictor cannot run inside a graph.
     """
@@ -84,6 +92,13 @@ class GraphForecasts(DevicePasses):
         on_failure: Callable[[Exception], None],
     ) -> None:
         self._predictor = predictor
+        self.forgets = predictor.with_history(RequestHistory()) is not predictor
+        if self.forgets:
+            logger.warning(
+                "Inside captured steps predictor %s does not follow finished requests, as it does "
+                "on a host: it says what was fitted, whatever the text",
+                predictor.kind,
+            )
         self._on_forecast, self._on_later, self._on_pass = on_forecast, on_later, on_pass
         self._later_LE, self._top_k = later_LE, predictor.fitted_spec().top_k
         self._batches: dict[int, _Batch] = {}

@@ -69,6 +69,7 @@ class ServedPredictor:
             stats,
             predictor=self._counts.predictor,
             predictor_failed=self._counts.is_off,
+            predictor_forgets=self._counts.forgets,
             forecasts_used=self._counts.used,
             forecast_age_tokens=self._counts.age_tokens,
         )

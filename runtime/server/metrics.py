@@ -221,13 +221,23 @@ class ExpertCollector(Collector):
                 "Summed over those, tokens fed since the last one that the forecast knew.",
                 stats.forecast_age_tokens,
             )
-            is_up = GaugeMetricFamily(
-                "moecast_expert_predictor_up",
-                "1 while the predictor forecasts, 0 since it has failed.",
-                labels=("model_name", "predictor"),
-            )
-            is_up.add_metric([self._model_name, stats.predictor], int(not stats.predictor_failed))
-            yield is_up
+            for name, text, value in (
+                (
+                    "predictor_up",
+                    "1 while the predictor forecasts, 0 since it has failed.",
+                    not stats.predictor_failed,
+                ),
+                (
+                    "predictor_forgets",
+                    "1 where it cannot follow finished requests, as it would on a host.",
+                    stats.predictor_forgets,
+                ),
+            ):
+                gauge = GaugeMetricFamily(
+                    f"moecast_expert_{name}", text, labels=("model_name", "predictor")
+                )
+                gauge.add_metric([self._model_name, stats.predictor], int(value))
+                yield gauge
         if spec.expert_bytes_per_layer is not None:
             capacity = GaugeMetricFamily(
                 "moecast_expert_cache_capacity_bytes",

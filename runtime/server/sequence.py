@@ -14,6 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from data.schema import MoESpec
+from runtime.backend import OffloadStats
 from runtime.observed_request import PassRow
 from runtime.server.sampling import SamplingParams, TokenLogprobs
 
@@ -31,60 +32,6 @@ class QueueFullError(RuntimeError):
 
 class EngineUnavailableError(RuntimeError):
     """The engine has failed, or is shutting down and will not finish what was asked."""
-
-
-class ExpertStats(Protocol):
-    """What an offload has counted since it was attached; see `runtime.engine.OffloadStats`."""
-
-    @property
-    def hits(self) -> int:
-        """Experts found in a slot."""
-        ...
-
-    @property
-    def misses(self) -> int:
-        """Experts not found there, the streamed ones among them."""
-        ...
-
-    @property
-    def streamed(self) -> int:
-        """Misses without room for a slot, read in place."""
-        ...
-
-    @property
-    def evictions(self) -> int:
-        """Experts that gave up their slot."""
-        ...
-
-    @property
-    def miss_bytes(self) -> int:
-        """Bytes of all misses."""
-        ...
-
-    @property
-    def stall_s(self) -> float:
-        """Seconds that computing waited for experts."""
-        ...
-
-    @property
-    def predictor(self) -> str | None:
-        """Kind of the predictor whose forecasts are asked for; None if none is."""
-        ...
-
-    @property
-    def predictor_failed(self) -> bool:
-        """Whether it is switched off, because it has raised."""
-        ...
-
-    @property
-    def forecasts_used(self) -> int:
-        """Forward passes that had a forecast to go by."""
-        ...
-
-    @property
-    def forecast_age_tokens(self) -> int:
-        """Summed over those: tokens that were fed since the last one that the forecast knew."""
-        ...
 
 
 class ExpertOffload(Protocol):
@@ -121,7 +68,7 @@ class ExpertOffload(Protocol):
         """Say that an announced sequence is over, and whether it counts as a finished request."""
         ...
 
-    def stats(self) -> ExpertStats:
+    def stats(self) -> OffloadStats:
         """The counters; safe to call from any thread."""
         ...
 

@@ -1,5 +1,6 @@
 """Forecasts from within captured steps are the host's, made in time, and of no other's past."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ from predictors.base import Forecast
 from predictors.forecaster import Forecaster
 from predictors.forecaster_graph import ForecasterGraph
 from predictors.graph import GraphPredictor
+from predictors.request_history import RequestHistory
 from runtime.backend import CpuBackend
 from runtime.decode_graph import DecodeGraph
 from runtime.engine import Offload
@@ -317,6 +319,34 @@ def test_a_predictor_that_fails_is_switched_off_and_nobody_else_notices(
     assert stats.graph_replays > NEW_TOKENS, "steps are captured without it"
     assert caplog.text.count("Predictor habit has failed and is switched off") == 1
     assert "nobody has thought of this" in caplog.text
+
+
+class Remembering(Habit):
+    """On a host it would go by the requests before; ``inside`` a graph it cannot."""
+
+    inside = True
+
+    def with_history(self, history: RequestHistory) -> "Remembering":
+        return copy.copy(self)
+
+    def graph_module(self, *, batch_size: int, **options: Any) -> Any:
+        return super().graph_module(batch_size=batch_size) if self.inside else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "forgets"),
+    [(Remembering, True, True), (Remembering, False, False), (Habit, True, False)],
+)
+def test_who_cannot_follow_finished_requests_inside_a_graph_says_so(
+    model: Any, kind: type[Habit], inside: bool, forgets: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    predictor = kind()
+    predictor.inside = inside  # type: ignore[attr-defined]
+    predictor.load_state(spec_of(model), {})
+    with attach_as_device(model, policy="forecast", predictor=predictor, graph=True) as offload:
+        generate(model)
+        assert offload.stats().predictor_forgets is forgets
+    assert caplog.text.count("does not follow finished requests") == int(forgets)
 
 
 def test_what_it_takes_of_the_device_is_counted(forecaster: Forecaster) -> None:

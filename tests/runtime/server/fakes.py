@@ -1,5 +1,6 @@
 """A model that says what the test wants, ways to listen and to wait, and what /metrics says."""
 
+import dataclasses
 import queue
 import threading
 import time
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from transformers import GenerationConfig, Qwen3MoeConfig
 
 from data.schema import MoESpec
+from runtime.backend import OffloadStats
 from runtime.observed_request import PassRow
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import Failure, Generation, GenerationRequest, Piece
@@ -90,11 +92,8 @@ class FakeOffload:
     def __init__(self) -> None:
         self.rows: list[PassRow] = []
         self.ended: list[tuple[str, bool]] = []
-        self.counted: Any = SimpleNamespace(
-            **dict.fromkeys(("hits", "misses", "streamed", "evictions", "miss_bytes"), 0),
-            stall_s=0.0,
-            predictor=None,
-        )
+        nothing = OffloadStats(hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0)
+        self.counted: Any = SimpleNamespace(**dataclasses.asdict(nothing))
 
     def announce(self, rows: Sequence[PassRow]) -> None:
         self.rows += rows
