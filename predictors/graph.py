@@ -22,7 +22,8 @@ class GraphPredictor(nn.Module, ABC):
     """A fitted predictor for B rows; the calls are `predictors.base.Predictor`'s, in that order.
 
     Buffers are named by their shapes, as everything is here: what has a B among the letters behind
-    the last underscore holds something of each row (`of_row`).
+    the last underscore holds something of each row (`of_row`). The others may be held once for
+    modules of several batch sizes, of which one is at work: `begin` writes anew what changes.
 
     Attributes:
         prompt_tokens: How many of a prompt's last tokens tell it all that it can use.

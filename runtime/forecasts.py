@@ -61,6 +61,7 @@ def make_observer(
     backend: Backend,
     counts: ForecastCounts,
     on_failure: Callable[[Exception], None],
+    on_change: Callable[[], None],
 ) -> Observer | DevicePasses:
     """Let ``predictor`` watch ``model`` and tell ``backend`` what to expect.
 
@@ -71,6 +72,7 @@ def make_observer(
         backend: Serves its experts.
         counts: Where forecasts are counted.
         on_failure: Called with what the predictor raised, once.
+        on_change: Called where captured steps are out of date for another reason.
     """
 
     def keep(forecast: Forecast) -> None:
@@ -105,7 +107,9 @@ def make_observer(
     }
     if predictor.graph_module(batch_size=1) is None:
         return HostForecasts(**common)
-    inside = GraphForecasts(**common, on_later=keep_layer, later_LE=backend.later_use_LE)
+    inside = GraphForecasts(
+        **common, on_later=keep_layer, later_LE=backend.later_use_LE, on_change=on_change
+    )
     counts.forgets = inside.forgets
     return inside
 

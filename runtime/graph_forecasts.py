@@ -7,7 +7,8 @@ follows it is known: all but its last token at once, and the last one as a step 
 both outside of the graph. So every step is the same program, whatever came before.
 
 Each number of rows has a module of its own, since graphs of different sizes have different
-addresses; its weights are held once. A pass of several tokens that goes on with a request (a chat's
+addresses; what is the same for all of them is held once, and only the latest few modules are
+kept. A pass of several tokens that goes on with a request (a chat's
 next turn over the same KV cache) is taken as a new prompt: modules can only begin with one.
 
 Shape letters: B requests · T tokens of a prompt · L MoE layers · E experts per layer · K experts
@@ -30,6 +31,7 @@ from runtime.device_passes import DevicePasses, Pass
 
 logger = logging.getLogger(__name__)
 
+_MAX_BATCHES = 4  # numbers of rows whose modules are kept
 _PROMPT_COPIES = 8  # of a prompt's maps, at most at once while it is handed over
 
 
@@ -67,6 +69,8 @@ class GraphForecasts(DevicePasses):
         later_LE: float32, static: whose rows `on_later` is called with.
         on_pass: Called before each forward pass with its forecast's age, which is 0.
         on_failure: Called with what the predictor raised.
+        on_change: Called where captured steps are out of date, since a module that they write to is
+            gone.
 
     Attributes:
         forgets: On a host the predictor would go by finished requests, too. Here nobody shows it
@@ -90,8 +94,9 @@ class GraphForecasts(DevicePasses):
         later_LE: Tensor,
         on_pass: Callable[[int], None],
         on_failure: Callable[[Exception], None],
+        on_change: Callable[[], None],
     ) -> None:
-        self._predictor = predictor
+        self._predictor, self._on_change = predictor, on_change
         self.forgets = predictor.with_history(RequestHistory()) is not predictor
         if self.forgets:
             logger.warning(
@@ -117,14 +122,26 @@ class GraphForecasts(DevicePasses):
         self._rows.clear()
 
     def _batch_of(self, num_rows: int) -> _Batch:
-        if num_rows not in self._batches:
-            with torch.inference_mode(False):
-                module = graph_module(self._predictor, num_rows).to(self._device)
-                for other in self._batches.values():
-                    share_weights(module, other.module)
-                ids_B = torch.full((num_rows,), -1, device=self._device)
-                self._batches[num_rows] = _Batch(module, ids_B, ids_B.clone())
-        return self._batches[num_rows]
+        """What steps of so many rows run on; never called within a capture."""
+        batch = self._batches.pop(num_rows, None)
+        if batch is None:
+            if len(self._batches) == _MAX_BATCHES:
+                unused = next(iter(self._batches))  # for the longest time
+                logger.info("Capture steps anew: %d rows were not seen for long", unused)
+                self._batches.pop(unused)
+                self._on_change()
+            batch = self._new_batch(num_rows)
+        self._batches[num_rows] = batch
+        return batch
+
+    def _new_batch(self, num_rows: int) -> _Batch:
+        with torch.inference_mode(False):
+            module = graph_module(self._predictor, num_rows).to(self._device)
+            for other in self._batches.values():
+                share_constants(module, other.module)
+                break  # which shares them with the others
+            ids_B = torch.full((num_rows,), -1, device=self._device)
+            return _Batch(module, ids_B, ids_B.clone())
 
     def _enter(self, now: Pass, last: Pass | None) -> None:
         self._on_pass(0)
@@ -228,10 +245,21 @@ def graph_module(predictor: Predictor, num_rows: int) -> GraphPredictor:
     return module
 
 
-def share_weights(module: nn.Module, owner: nn.Module) -> None:
-    """Let ``module`` hold no weights of its own: those of ``owner`` are the same."""
+def share_constants(module: GraphPredictor, owner: GraphPredictor) -> None:
+    """Let ``module`` hold nothing that ``owner``, of another number of rows, holds as well.
+
+    That is all weights, and the buffers that have no B in their name and the same content. One of
+    the two forecasts at a time and has been told to `GraphPredictor.begin` before, so that a place
+    which both write to is right as well.
+    """
     for mine, theirs in zip(module.parameters(), owner.parameters(), strict=True):
         mine.data = theirs.data
+    theirs_by_name = dict(owner.named_buffers())
+    for name, buffer in module.named_buffers():
+        other = theirs_by_name[name]
+        # Not by the name alone: shares of a mean over rows have no B in theirs, but depend on it.
+        if "B" not in name.rpartition("_")[2] and torch.equal(buffer, other):
+            buffer.data = other.data
 
 
 def device_bytes(predictor: Predictor) -> int:

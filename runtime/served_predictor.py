@@ -51,6 +51,7 @@ class ServedPredictor:
             backend=backend,
             counts=self._counts,
             on_failure=self._go_without,
+            on_change=on_change,
         )
 
     def routed(self, layer: int, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Forecasts from within captured steps are the host's, made in time, and of no other's past."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,6 +91,7 @@ class Replayed:
             later_LE=self.later_LE,
             on_pass=self._count,
             on_failure=self.errors.append,
+            on_change=lambda: self.graph.forget(),
         )
         for moe in self.layers:  # stands for what an attached model's experts function tells
             moe.router.register_forward_hook(self._routed(moe.layer))
@@ -355,7 +357,7 @@ def test_what_it_takes_of_the_device_is_counted(forecaster: Forecaster) -> None:
     assert device_bytes(forecaster) > held
 
 
-def test_modules_of_other_batch_sizes_hold_no_weights_of_their_own(
+def test_modules_of_other_batch_sizes_hold_nothing_of_their_own_but_their_rows(
     model: Any, forecaster: Forecaster
 ) -> None:
     replayed = Replayed(model, forecaster)
@@ -364,6 +366,61 @@ def test_modules_of_other_batch_sizes_hold_no_weights_of_their_own(
     pairs = list(zip(one.parameters(), two.parameters(), strict=True))
     assert pairs
     assert all(left.data_ptr() == right.data_ptr() for left, right in pairs)
+    buffers = {
+        name: left.data_ptr() == right.data_ptr()
+        for (name, left), right in zip(one.named_buffers(), two.buffers(), strict=True)
+    }
+    big = ["take_LNQJ", "mix_LNIJ", "own_LNJ", "pass_on_LNIQ", "follow_MWW", "token_ids_V"]
+    assert all(buffers[name] for name in big)
+    of_rows = [name for name in buffers if "B" in name.rpartition("_")[2]]
+    assert of_rows
+    assert not any(buffers[name] for name in (*of_rows, "answers_SE", "share_G"))
+    two_shares, one_shares = two.get_buffer("share_G"), one.get_buffer("share_G")
+    torch.testing.assert_close(2 * two_shares, one_shares)
+
+
+def test_batch_sizes_in_turn_forecast_what_each_forecasts_alone(
+    model: Any, forecaster: Forecaster
+) -> None:
+    """What modules share is written to by each in turn."""
+    rows = [[PROMPT], [PROMPT, OTHER], [OTHER], [OTHER, PROMPT]]
+    alone = []
+    for row in rows:
+        fresh = tiny_model("qwen3_moe")
+        replayed = Replayed(fresh, forecaster)
+        generate(fresh, row, num_new=5)
+        alone += replayed.log
+    replayed = Replayed(model, forecaster)
+    for row in rows:
+        generate(model, row, num_new=5)
+    assert not replayed.errors
+    assert len(replayed.log) == len(alone)
+    for number, (said, expected) in enumerate(zip(replayed.log, alone, strict=True)):
+        torch.testing.assert_close(said[0], expected[0], **CLOSE)
+        if number % 5:  # a prompt's pass says nothing of each layer
+            torch.testing.assert_close(said[1], expected[1], **CLOSE)
+
+
+def test_of_many_batch_sizes_the_latest_are_kept_and_steps_over_the_others_are_captured_anew(
+    model: Any, habit: Habit
+) -> None:
+    replayed = Replayed(model, habit)
+    sizes = (1, 2, 3, 4)
+    for size in sizes:
+        generate(model, [PROMPT] * size, num_new=4)
+    assert list(replayed.forecasts._batches) == list(sizes)
+    first = [said for said, _ in replayed.log[:4]]
+    captures, gone = replayed.graph._captures, weakref.ref(replayed.forecasts._batches[1].module)
+    generate(model, [PROMPT] * 5, num_new=4)
+    assert list(replayed.forecasts._batches) == [2, 3, 4, 5]
+    assert gone() is None
+    assert not replayed.graph._steps, "none of what was captured over it is left"
+    replayed.log.clear()
+    generate(model, [PROMPT], num_new=4)
+    assert replayed.graph._captures == captures + 1
+    for (said, _), expected in zip(replayed.log, first, strict=True):
+        torch.testing.assert_close(said, expected, **CLOSE)
+    assert not replayed.errors
 
 
 def test_detaching_leaves_no_hook(model: Any, habit: Habit) -> None:
