@@ -303,8 +303,12 @@ class GpuExperts:
 
     def reset(self) -> None:
         """As `Backend.reset`."""
+        if self.prefetcher is not None:
+            self.prefetcher.join_decision()
         self.cache.reset()
         self._prefill.forget()
+        if self.prefetcher is not None:  # which judges by differences of what is counted
+            self.prefetcher.review.reset()
 
     def _watch(self, model: Any) -> None:
         """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step.

@@ -179,9 +179,9 @@ def test_where_it_loses_it_switches_itself_off_and_says_so(
     since = dict(zip(COUNTERS, (backend.cache.counters_LX - before).T.tolist(), strict=True))
     assert since["prefetched"] == [0, 0, 0]
     assert since["hits"] == [8, 8, 8], "as if nobody had ever prefetched"
-    backend.cache.reset()
-    backend.prefetcher.review.reset()
+    backend.reset()
     assert backend.prefetcher.review.layers_off == set()
+    assert not backend.prefetcher.review._judged_LX.any(), "counters begin at 0 again"
     assert backend.prefetcher.review.least_L.isfinite().all()
 
 
