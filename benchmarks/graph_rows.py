@@ -208,7 +208,7 @@ class OwnRow(Row):
             # The hook of this layer's router has made the truth ready.
             self._experts.expect(self.testbed.forced.forecast_LE)
         if foresight is not None:
-            row_E = self._experts.later_use_E(layer)  # answered in place
+            row_E = self._experts.later_use(layer)  # answered in place
             self._experts.expect(foresight.on_routed(layer, ids_TK, weights_TK, row_E), layer)
         return self._experts.forward(layer, hidden_TD, ids_TK, weights_TK)
 

@@ -100,8 +100,7 @@ class Backend(Protocol):
         max_graph_tokens: The most tokens of a step that a graph can capture; None if none can.
         device: Where its books are kept, if that is not the host: then neither routing nor
             forecasts may pass through the host within a step.
-        later_use_LE: float32, what later use is expected. Whoever writes there before `expect`
-            spares a copy.
+        later_use_LE: float32, what later use is expected; to be read.
         events: The cache's log, where one is kept.
     """
 
@@ -124,6 +123,13 @@ class Backend(Protocol):
             hidden_TD: What the experts are applied to.
             topk_expert_ids_TK: Experts of each token; ids of E and above are skipped.
             topk_weights_TK: Their weights.
+        """
+        ...
+
+    def later_use(self, layer: int | None = None) -> Tensor:
+        """Where to write what `expect` is then told, which spares a copy: [L, E], or [E].
+
+        Nobody reads there any more when it is returned; keep it for the one write.
         """
         ...
 
@@ -232,10 +238,13 @@ class CpuBackend:
         """The cache's log; empty unless built with ``record_events=True``."""
         return self._cache.events
 
+    def later_use(self, layer: int | None = None) -> Tensor:
+        """As `Backend.later_use`."""
+        return self.later_use_LE if layer is None else self.later_use_LE[layer]
+
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """As `Backend.expect`."""
-        place = self.later_use_LE if layer is None else self.later_use_LE[layer]
-        place.copy_(later_LE)
+        self.later_use(layer).copy_(later_LE)
 
     def forward(
         self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor

@@ -76,7 +76,7 @@ def make_observer(
     """
 
     def keep(forecast: Forecast) -> None:
-        place_LE = backend.later_use_LE
+        place_LE = backend.later_use()
         backend.expect(torch.sub(forecast.forecast_LE, forecast.next_LE, out=place_LE))
 
     def keep_layer(layer: int, later_E: Tensor) -> None:
@@ -108,7 +108,7 @@ def make_observer(
     if predictor.graph_module(batch_size=1) is None:
         return HostForecasts(**common)
     inside = GraphForecasts(
-        **common, on_later=keep_layer, later_LE=backend.later_use_LE, on_change=on_change
+        **common, on_later=keep_layer, later_use=backend.later_use, on_change=on_change
     )
     counts.forgets = inside.forgets
     return inside

@@ -59,7 +59,7 @@ class GpuExperts:
         cache: The books, on the device.
         device: Where they are.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
-        later_use_LE: float32, what is expected; `later_use_E` gives a row to write to.
+        later_use_LE: float32, what is expected; `later_use` gives it to write to.
         prefetcher: Where something is prefetched: there is somebody to say what, something is not
             resident, and the device can read it at home.
 
@@ -208,22 +208,20 @@ class GpuExperts:
 
     def expect(self, later_LE: Tensor, layer: int | None = None) -> None:
         """As `Backend.expect`; of one layer between its router and its experts."""
-        if self.prefetcher is not None:
-            self.prefetcher.join_decision()  # it reads what is written here
-        place = self.later_use_LE if layer is None else self.later_use_LE[layer]
+        place = self.later_use(layer)
         if later_LE.data_ptr() != place.data_ptr():
             place.copy_(later_LE)
         if layer is not None:
             self.cache.rescore(layer, place)
 
-    def later_use_E(self, layer: int) -> Tensor:
-        """A layer's row of what is expected, to be written in place and given to `expect`.
+    def later_use(self, layer: int | None = None) -> Tensor:
+        """As `Backend.later_use`; where scores are forecasts it spares the cache its scoring, too.
 
-        That spares `expect` a copy and, where scores are forecasts, the cache all of its scoring.
+        A prefetch that is being decided on reads there: what follows on the stream waits for it.
         """
         if self.prefetcher is not None:
             self.prefetcher.join_decision()
-        return self.later_use_LE[layer]
+        return self.later_use_LE if layer is None else self.later_use_LE[layer]
 
     def begin_pass(self, num_tokens: int) -> None:
         """A forward pass begins, and what is expected of it is known: fetch for its first layers.

@@ -66,7 +66,8 @@ class GraphForecasts(DevicePasses):
         on_forecast: Called where a pass begins with the forecast for it.
         on_later: Called with a layer and the use of its experts after the tokens that it has just
             routed, float32 [E].
-        later_LE: float32, static: whose rows `on_later` is called with.
+        later_use: Gives a layer's row to write in, float32 and static, which `on_later` is then
+            called with.
         on_pass: Called before each forward pass with its forecast's age, which is 0.
         on_failure: Called with what the predictor raised.
         on_change: Called where captured steps are out of date, since a module that they write to is
@@ -91,7 +92,7 @@ class GraphForecasts(DevicePasses):
         device: torch.device,
         on_forecast: Callable[[Forecast], None],
         on_later: Callable[[int, Tensor], None],
-        later_LE: Tensor,
+        later_use: Callable[[int], Tensor],
         on_pass: Callable[[int], None],
         on_failure: Callable[[Exception], None],
         on_change: Callable[[], None],
@@ -105,7 +106,7 @@ class GraphForecasts(DevicePasses):
                 predictor.kind,
             )
         self._on_forecast, self._on_later, self._on_pass = on_forecast, on_later, on_pass
-        self._later_LE, self._top_k = later_LE, predictor.fitted_spec().top_k
+        self._later_use, self._top_k = later_use, predictor.fitted_spec().top_k
         self._batches: dict[int, _Batch] = {}
         self._batch: _Batch | None = None
         self._rows: list[_Row] = []
@@ -228,7 +229,7 @@ class GraphForecasts(DevicePasses):
             batch.module.on_token(None, batch.ids_B, batch.next_ids_B)
             batch.ids_B.copy_(batch.next_ids_B)
             self._say()
-        ids_BK, place_E = topk_expert_ids_BK.long(), self._later_LE[layer]
+        ids_BK, place_E = topk_expert_ids_BK.long(), self._later_use(layer)
         self._on_later(layer, batch.module.on_routed(layer, ids_BK, topk_weights_BK, place_E))
 
     def _say(self) -> None:

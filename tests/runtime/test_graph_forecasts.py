@@ -1,6 +1,7 @@
 """Forecasts from within captured steps are the host's, made in time, and of no other's past."""
 
 import copy
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from predictors.graph import GraphPredictor
 from predictors.request_history import RequestHistory
 from runtime.backend import CpuBackend
 from runtime.decode_graph import DecodeGraph
-from runtime.engine import Offload
+from runtime.engine import Offload, attach
 from runtime.forecasts import FALLBACK_POLICY
 from runtime.gpu_experts import GpuExperts
 from runtime.graph_forecasts import GraphForecasts, device_bytes
@@ -88,7 +89,7 @@ class Replayed:
             device=torch.device("cpu"),
             on_forecast=self._hear,
             on_later=self._hear_later,
-            later_LE=self.later_LE,
+            later_use=self.later_LE.__getitem__,
             on_pass=self._count,
             on_failure=self.errors.append,
             on_change=lambda: self.graph.forget(),
@@ -284,6 +285,44 @@ def test_what_is_hit_is_what_a_replay_of_the_recorded_routing_hits(
     assert counted == (kinds.count("hit"), kinds.count("miss"), kinds.count("evict"))
     plain = replay_log(trace_set(traces, offload.spec), policy="lru", slots=SLOTS)
     assert [event.kind for event in plain].count("hit") != stats.hits
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_is_expected_is_written_only_where_a_backend_has_made_room(
+    model: Any, habit: Habit, inside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prefetch that is being decided on might still read there."""
+    events: list[tuple[str, int | None, int]] = []  # and how often was written there by then
+    place, expect = CpuBackend.later_use, CpuBackend.expect
+
+    def note(backend: CpuBackend, kind: str, layer: int | None) -> None:
+        events.append((kind, layer, backend.later_use_LE._version))
+
+    def make_room(backend: CpuBackend, layer: int | None = None) -> Tensor:
+        if not events or events[-1][0] != "told":  # `expect` asks itself
+            note(backend, "room", layer)
+        return place(backend, layer)
+
+    def hear(backend: CpuBackend, later_LE: Tensor, layer: int | None = None) -> None:
+        note(backend, "told", layer)
+        expect(backend, later_LE, layer)
+        note(backend, "done", layer)
+
+    monkeypatch.setattr(CpuBackend, "later_use", make_room)
+    monkeypatch.setattr(CpuBackend, "expect", hear)
+    with (
+        attach_as_device(model, policy="forecast", predictor=habit, graph=False)
+        if inside
+        else attach(model, slots=SLOTS, policy="forecast", predictor=habit)
+    ) as offload:
+        generate(model)
+    for (before, of_layer, count), (kind, layer, new_count) in itertools.pairwise(events):
+        if before == "done":
+            assert new_count == count
+        elif before == "room":
+            assert (kind, layer) == ("told", of_layer)
+    told = {layer for kind, layer, _ in events if kind == "told"}
+    assert told == {None, *range(offload.spec.num_layers)}
 
 
 class Broken(Habit):

@@ -204,6 +204,18 @@ def test_nothing_is_prefetched_where_all_is_resident_or_home_cannot_be_read() ->
     assert experts(source=None).prefetcher is None
 
 
+@pytest.mark.parametrize("layer", [None, 1])
+def test_who_writes_what_is_expected_waits_for_who_reads_it(
+    layer: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = experts(source=Scripted(3, 8))
+    assert backend.prefetcher is not None
+    joined: list[bool] = []
+    monkeypatch.setattr(backend.prefetcher, "join_decision", lambda: joined.append(True))
+    assert backend.later_use(layer).shape == ((3, 8) if layer is None else (8,))
+    assert joined == [True]
+
+
 @pytest.mark.parametrize(
     ("family", "into"), [("qwen3_moe", "slots"), ("gpt_oss", "landing"), ("deepseek_v3", "landing")]
 )
