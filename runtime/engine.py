@@ -140,15 +140,23 @@ class Offload:
             observer.end_request(key, remember=remember)
 
     def swap_predictor(self, predictor: Predictor) -> None:
-        """Let another predictor forecast from the next pass on; ValueError if it cannot."""
-        if self._predictor is None:
+        """Let another predictor forecast from the next pass on, by the policy given at `attach`.
+
+        Both are held for a moment, so whatever is raised leaves the old one as it was.
+
+        Raises:
+            SpecMismatchError: It was fitted for another model.
+            ValueError: No predictor is served, or this one cannot be.
+        """
+        before = self._predictor
+        if before is None:
             raise ValueError("no predictor is served: the policy reads no forecasts")
         check_spec(predictor, self.spec)
         predictor.bind(self._model)
-        self._predictor.remove()
         self._observe(self._model, self._layers, predictor)
         if self._graph is not None:
-            self._graph.forget()
+            self._graph.forget()  # before its steps' memory goes with the old one
+        before.remove()
 
     def _row_observer(self) -> Observer | None:
         """Who can tell the sequences of a pass apart, if anybody watches in that way."""

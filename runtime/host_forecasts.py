@@ -77,17 +77,18 @@ class HostForecasts(DevicePasses):
     ) -> None:
         if max_backlog < 1:
             raise ValueError(f"max_backlog={max_backlog}: must be at least 1")
-        super().__init__(model=model, layers=layers, device=device, on_failure=on_failure)
         self.num_published = self.num_shown = self.num_shed = self.num_stale = 0
         self._on_forecast, self._on_pass = on_forecast, on_pass
         self._max_backlog = max_backlog
         self._fed_tokens = 0  # of each request, by the passes before the one at hand
         self._has_shed = False  # the pass before: whose tokens the thread does not know
-        self._inbox = ForecastInbox(self._num_layers, self._num_experts, device)
+        self._inbox = ForecastInbox(len(layers), layers[0].num_experts, device)
         self._error: Exception | None = None
         self._keeps_all = predictor.with_history(RequestHistory()) is not predictor
         self._news: queue.SimpleQueue[_News | None] = queue.SimpleQueue()
-        self._mirror = _Mirror(predictor, self._num_layers)
+        self._mirror = _Mirror(predictor, len(layers))
+        # Last of what can fail: whoever is not built leaves no hook.
+        super().__init__(model=model, layers=layers, device=device, on_failure=on_failure)
         self._thread = threading.Thread(target=self._run, name="moecast-forecasts", daemon=True)
         self._thread.start()
 

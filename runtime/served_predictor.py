@@ -15,6 +15,7 @@ from runtime.backend import Backend, OffloadStats
 from runtime.device_passes import DevicePasses
 from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
 from runtime.policies import make_policy
+from runtime.policies.base import Policy
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class ServedPredictor:
         on_change: Callable[[], None],
     ) -> None:
         self._backend, self._on_change = backend, on_change
+        self._policy: Policy | None = None  # that the fallback stands in for
         self._counts = ForecastCounts(predictor.kind)
         self.observer = make_observer(
             model=model,
@@ -76,8 +78,11 @@ class ServedPredictor:
         )
 
     def remove(self) -> None:
-        """Stop watching; a second call does nothing."""
+        """Stop watching and let the backend keep as it did before; a second call does nothing."""
         self.observer.remove()
+        if self._policy is not None:
+            self._backend.use_policy(self._policy)
+            self._policy = None
 
     def _go_without(self, error: Exception) -> None:
         """The predictor has failed: keep what is worth keeping by a policy that needs none."""
@@ -88,5 +93,6 @@ class ServedPredictor:
             FALLBACK_POLICY,
             exc_info=error,
         )
-        self._backend.use_policy(make_policy(FALLBACK_POLICY))
+        before = self._backend.use_policy(make_policy(FALLBACK_POLICY))
+        self._policy = self._policy or before  # views of one predictor may fail one after the other
         self._on_change()
