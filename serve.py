@@ -15,7 +15,7 @@ import sys
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import hydra
 import torch
@@ -27,7 +27,7 @@ from data.adapters import spec_of
 from data.errors import MoecastError
 from data.models import load_model
 from data.schema import MoESpec
-from predictors.artifact import load_artifact, read_manifest
+from predictors.artifact import artifact_digest, load_artifact, read_manifest
 from predictors.base import Predictor
 from runtime.attach_checks import pick_device
 from runtime.budget import parse_budget
@@ -37,7 +37,7 @@ from runtime.forecasts import FALLBACK_POLICY
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.server.app import create_app
-from runtime.server.artifact_reload import ArtifactReloader
+from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
 from runtime.server.logs import use_format
 from runtime.server.options import Limits, ServerOptions
@@ -48,13 +48,30 @@ from runtime.server.security import check_exposure, load_api_keys
 log = logging.getLogger("serve")
 
 
-def newest_artifact(folder: Path, spec: MoESpec) -> Path | None:
-    """The artifact written last among those in ``folder`` that were made for this model."""
+class Chosen(NamedTuple):
+    """What decides about residency, and by which artifact.
+
+    Attributes:
+        policy: What to keep.
+        predictor: Whose forecasts it reads; None for none.
+        digest: `artifact_digest` of the artifact that it was read from.
+    """
+
+    policy: Policy
+    predictor: Predictor | None = None
+    digest: str | None = None
+
+
+def newest_artifact(folder: Path, spec: MoESpec, *, level: int = logging.INFO) -> Path | None:
+    """The artifact written last among those in ``folder`` that were made for this model.
+
+    Those of other models are passed over with a line in the log, of the given level.
+    """
     manifests = sorted(folder.glob("*/manifest.json"), key=lambda path: path.stat().st_mtime)
     for artifact in (manifest.parent for manifest in reversed(manifests)):
         if (mismatch := read_manifest(artifact).spec.spec().mismatch(spec)) is None:
             return artifact
-        log.info("artifact %s passed over, it is for another model: %s", artifact, mismatch)
+        log.log(level, "artifact %s passed over, it is for another model: %s", artifact, mismatch)
     return None
 
 
@@ -68,9 +85,11 @@ def place(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any
     return {"device": device, "budget_bytes": cfg.budget}
 
 
-def find_artifact(cfg: DictConfig, spec: MoESpec) -> Path | None:
+def find_artifact(cfg: DictConfig, spec: MoESpec, *, level: int = logging.INFO) -> Path | None:
     """The artifact that the configuration names, or the newest that fits the model."""
-    return Path(cfg.artifact) if cfg.artifact else newest_artifact(Path(cfg.paths.artifacts), spec)
+    if cfg.artifact:
+        return Path(cfg.artifact)
+    return newest_artifact(Path(cfg.paths.artifacts), spec, level=level)
 
 
 def server_options(cfg: DictConfig) -> ServerOptions:
@@ -84,11 +103,11 @@ def server_options(cfg: DictConfig) -> ServerOptions:
     return options
 
 
-def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | None]:
+def choose_policy(cfg: DictConfig, spec: MoESpec) -> Chosen:
     """The policy asked for with the artifact that it reads, or the fallback where there is none."""
     policy: Policy = build(cfg.policy)
     if policy.foresight != "forecast":
-        return policy, None
+        return Chosen(policy)
     folder = Path(cfg.paths.artifacts)
     artifact = find_artifact(cfg, spec)
     if artifact is None:
@@ -99,8 +118,9 @@ def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | N
             FALLBACK_POLICY,
             policy.name,
         )
-        return make_policy(FALLBACK_POLICY), None
+        return Chosen(make_policy(FALLBACK_POLICY))
     try:
+        digest = artifact_digest(artifact)  # before it is read: what comes later is another one
         predictor = load_artifact(artifact, expect=spec)
     except FileNotFoundError as error:
         raise ValueError(
@@ -108,7 +128,7 @@ def choose_policy(cfg: DictConfig, spec: MoESpec) -> tuple[Policy, Predictor | N
             f"newest in {folder}, or policy=lru, which needs none"
         ) from None
     log.info("artifact %s: predictor %s", artifact, predictor.kind)
-    return policy, predictor
+    return Chosen(policy, predictor, digest)
 
 
 def run(cfg: DictConfig) -> int:
@@ -122,12 +142,13 @@ def run(cfg: DictConfig) -> int:
         reserved = None
         if not cfg.check:
             reserved = stack.enter_context(bind(cfg.serve.host, cfg.serve.port))
+            stack.enter_context(hear_hangups())
         set_threads(cfg.model)
         model, tokenizer = load_model(
             cfg.model.id, dtype=cfg.model.dtype, revision=cfg.model.revision
         )
         spec = spec_of(model, model_id=cfg.model.id)
-        policy, predictor = choose_policy(cfg, spec)
+        policy, predictor, digest = choose_policy(cfg, spec)
         resident = None
         if reserved is None:
             resident = record(model, tokenizer(CHECK_PROMPT).input_ids)
@@ -162,11 +183,10 @@ def run(cfg: DictConfig) -> int:
             scheduler=cfg.serve.scheduler,
             recorder=recorder,
         )
-        served_artifact = find_artifact(cfg, spec)
-        if predictor is not None and served_artifact is not None:
+        if digest is not None:
             reloader = ArtifactReloader(
-                find=partial(find_artifact, cfg, spec),
-                served=served_artifact,
+                find=partial(find_artifact, cfg, spec, level=logging.DEBUG),
+                served=digest,
                 spec=spec,
                 swap=lambda new: engine.between_steps(partial(offload.swap_predictor, new)),
                 poll_s=cfg.serve.artifact_reload_s,

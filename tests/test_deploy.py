@@ -65,3 +65,4 @@ def test_the_unit_runs_the_server_with_options_that_exist(unit: dict[str, str]) 
     assert cfg.paths.root == f"/var/lib/{unit['StateDirectory']}"
     assert int(unit["TimeoutStopSec"]) > cfg.serve.drain_s
     assert unit["User"] == "moecast"
+    assert shlex.split(unit["ExecReload"]) == ["/bin/kill", "-HUP", "$MAINPID"]

@@ -1,6 +1,8 @@
 """The entry point: what is wrong with its settings is said before a model is loaded."""
 
 import logging
+import os
+import signal
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra import compose, initialize_config_module
 
 import serve
 from conf import schema
+from data.adapters import spec_of
 from data.errors import ModelNotFoundError
+from data.models import load_model
+from data.schema import MoESpec
+from data.tiny_moe import TINY_MOE_DIR
+from predictors.artifact import artifact_digest, save_artifact
+from predictors.popularity import Popularity
 from runtime.server.logs import JsonFormatter
 
 
@@ -110,3 +119,75 @@ def test_keys_of_the_environment_open_the_server_to_others(
     options = serve.server_options(settings(tmp_path, "serve.host=0.0.0.0"))
     assert options.api_keys == ("abc",)
     assert options.limits.max_body_bytes == 2 * 2**20
+
+
+def popularity(spec: MoESpec, share: float) -> Popularity:
+    predictor = Popularity()
+    shares_LE = torch.full((spec.num_layers, spec.num_experts), share)
+    predictor.load_state(spec, {"popularity_LE": shares_LE})
+    return predictor
+
+
+@pytest.fixture(scope="module")
+def tiny_spec() -> MoESpec:
+    model, _ = load_model(str(TINY_MOE_DIR), dtype="float32")
+    return spec_of(model, model_id="tiny")
+
+
+def test_sighup_does_not_end_a_server_without_a_predictor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its default would: the process of the tests would be gone."""
+
+    def hang_up(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    heard: list[int] = []
+    before = signal.signal(signal.SIGHUP, lambda number, frame: heard.append(number))
+    try:
+        monkeypatch.setattr(serve, "serve", hang_up)
+        assert serve.run(settings(tmp_path, "policy=lru", "serve.port=0")) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert heard == []
+    assert "SIGHUP: no predictor is served" in caplog.text
+
+
+def test_an_artifact_that_was_written_while_the_model_was_attached_is_loaded_on_sighup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_spec: MoESpec
+) -> None:
+    artifact = tmp_path / "artifact"
+    save_artifact(popularity(tiny_spec, 0.1), artifact, spec=tiny_spec, parents={})
+    loaded = artifact_digest(artifact)
+    served: list[str] = []
+
+    class Reloader(serve.ArtifactReloader):  # type: ignore[name-defined, misc]
+        def __init__(self, **kwargs: Any) -> None:
+            served.append(kwargs["served"])
+            super().__init__(**kwargs)
+
+    attach = serve.attach
+
+    def attach_slowly(*args: Any, **kwargs: Any) -> Any:
+        save_artifact(popularity(tiny_spec, 0.2), artifact, spec=tiny_spec, parents={})
+        return attach(*args, **kwargs)
+
+    monkeypatch.setattr(serve, "ArtifactReloader", Reloader)
+    monkeypatch.setattr(serve, "attach", attach_slowly)
+    monkeypatch.setattr(serve, "serve", lambda *args, **kwargs: None)
+    assert serve.run(settings(tmp_path, f"artifact={artifact}", "serve.port=0")) == 0
+    assert served == [loaded]
+    assert artifact_digest(artifact) != loaded
+
+
+def test_artifacts_of_other_models_are_told_at_the_start_and_not_at_each_look(
+    tmp_path: Path, tiny_spec: MoESpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    other = MoESpec(model_id="other", num_experts=4, top_k=2, decoder_layers=(0, 1))
+    save_artifact(popularity(other, 0.1), tmp_path / "artifacts" / "x", spec=other, parents={})
+    cfg = settings(tmp_path)
+    assert serve.find_artifact(cfg, tiny_spec) is None
+    assert caplog.text.count("passed over") == 1
+    assert serve.find_artifact(cfg, tiny_spec, level=logging.DEBUG) is None
+    assert caplog.text.count("passed over") == 1

@@ -3,7 +3,11 @@
 On SIGHUP, or where polling is asked for, the artifact is looked for again. It is read and checked
 (`predictors.artifact.load_artifact` compares every file's checksum) while the old predictor serves,
 and takes over between two steps of the engine. One that is damaged, or of another model, is refused
-with a line in the log and a metric: the old one goes on.
+with a line in the log and a metric: the old one goes on. What was wrong only for now (an engine too
+busy, a disk that could not be read) is tried again at the next look.
+
+Without a predictor there is nothing to replace, and SIGHUP only says so (`hear_hangups`): its
+default would end the process.
 
 No request can name a path: where artifacts come from is the operator's configuration alone.
 """
@@ -11,17 +15,22 @@ No request can name a path: where artifacts come from is the operator's configur
 import logging
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Protocol, Self
 
-from data.errors import MoecastError
+import torch
+
 from data.schema import MoESpec
 from predictors.artifact import artifact_digest, load_artifact
 from predictors.base import Predictor
+from runtime.server.sequence import EngineUnavailableError
 
 logger = logging.getLogger(__name__)
+
+_PASSING = (EngineUnavailableError, OSError, torch.OutOfMemoryError)  # no fault of the artifact's
 
 
 class SwapFn(Protocol):
@@ -37,14 +46,14 @@ class ArtifactReloader:
 
     Args:
         find: Where the artifact is now; None if there is none.
-        served: The one that is served.
+        served: `artifact_digest` of the one that is served, taken before that was read.
         spec: The served model's MoE.
         swap: Puts a predictor into service.
         poll_s: Seconds between looks; 0 looks on SIGHUP alone.
 
     Attributes:
         num_reloads: Artifacts that took over.
-        num_refusals: Artifacts that could not.
+        num_refusals: Looks that ended otherwise; one that ends as the look before is not counted.
 
     Raises:
         ValueError: ``poll_s`` is negative.
@@ -54,7 +63,7 @@ class ArtifactReloader:
         self,
         *,
         find: Callable[[], Path | None],
-        served: Path,
+        served: str,
         spec: MoESpec,
         swap: SwapFn,
         poll_s: float = 0.0,
@@ -65,7 +74,9 @@ class ArtifactReloader:
         self._spec = spec
         self._swap = swap
         self._poll_s = poll_s
-        self._seen: str | None = artifact_digest(served)
+        self._seen = served  # or refused for good
+        self._refusal: tuple[Path | None, str] | None = None  # as told last
+        self._is_forced = False
         self._asked = threading.Event()
         self._is_over = False
         self._thread = threading.Thread(target=self._watch, name="artifact", daemon=True)
@@ -94,7 +105,7 @@ class ArtifactReloader:
 
     def request(self) -> None:
         """Look now, whether or not it is another one than before; returns at once."""
-        self._seen = None
+        self._is_forced = True
         self._asked.set()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -109,19 +120,47 @@ class ArtifactReloader:
             self._look()
 
     def _look(self) -> None:
-        path = self._find()
-        if path is None:
-            return
+        is_forced, self._is_forced = self._is_forced, False
+        if is_forced:
+            self._refusal = None
+        path = digest = None
         try:
-            digest = artifact_digest(path)
-            if digest == self._seen:
+            path = self._find()
+            if path is None:
                 return
-            self._seen = digest  # of a refused one, too: it is told once
+            digest = artifact_digest(path)
+            if digest == self._seen and not is_forced:
+                return
             predictor = load_artifact(path, expect=self._spec)
             self._swap(predictor)
-        except (MoecastError, ValueError, OSError, RuntimeError) as error:
-            self.num_refusals += 1
-            logger.error("Artifact %s is refused, the old one goes on: %s", path, error)
+        except Exception as error:  # whatever it is: who watches must go on watching
+            if digest is not None and not isinstance(error, _PASSING):
+                self._seen = digest
+            self._refuse(path, error)
         else:
+            self._seen, self._refusal = digest, None
             self.num_reloads += 1
             logger.info("Artifact %s serves now: predictor %s", path, predictor.kind)
+
+    def _refuse(self, path: Path | None, error: Exception) -> None:
+        refusal = (path, f"{type(error).__name__}: {error}")
+        if refusal == self._refusal:
+            return
+        self._refusal = refusal
+        self.num_refusals += 1
+        logger.error("Artifact %s is refused, the old one goes on: %s", path or "search", error)
+        logger.debug("raised here:", exc_info=error)
+
+
+@contextmanager
+def hear_hangups() -> Iterator[None]:
+    """While nobody reloads, say so on SIGHUP and go on; only the main thread hears signals."""
+
+    def say(number: int, frame: FrameType | None) -> None:
+        logger.warning("SIGHUP: no predictor is served yet, so no artifact is looked for")
+
+    before = signal.signal(signal.SIGHUP, say)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -218,7 +218,7 @@ class GenerationEngine:
         """Run ``change`` on the engine's thread, between two steps, and wait for it.
 
         Raises:
-            EngineUnavailableError: The engine does not run, or did not get to it in time.
+            EngineUnavailableError: The engine does not run, or did not begin it in time.
             Exception: What ``change`` raised.
         """
         done: Future[None] = Future()
@@ -230,8 +230,9 @@ class GenerationEngine:
         try:
             done.result(timeout_s)
         except TimeoutError:
-            done.cancel()
-            raise EngineUnavailableError("the engine was busy for too long") from None
+            if done.cancel():
+                raise EngineUnavailableError("the engine was busy for too long") from None
+            done.result()  # it is being done, and will have been
 
     def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Take no more sequences, finish those submitted within ``drain_s``, and end the thread.
@@ -349,6 +350,9 @@ class GenerationEngine:
                     change()
                 except Exception as error:
                     done.set_exception(error)
+                except BaseException:
+                    done.set_exception(EngineUnavailableError("the engine was interrupted"))
+                    raise
                 else:
                     done.set_result(None)
         with self._changed:

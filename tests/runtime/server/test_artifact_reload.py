@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from data.adapters import spec_of
 from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
-from predictors.artifact import load_artifact, save_artifact
+from predictors.artifact import artifact_digest, load_artifact, save_artifact
 from predictors.popularity import Popularity
 from runtime.engine import Offload, attach
 from runtime.server.app import create_app
-from runtime.server.artifact_reload import ArtifactReloader
+from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import EngineUnavailableError, Piece
 from tests.runtime.server.fakes import Listener, generate, samples, submit_one, wait_until
@@ -57,7 +58,7 @@ def serving(
         swap(load_artifact(tmp_path / "artifact"))
         with ArtifactReloader(
             find=lambda: tmp_path / "artifact",
-            served=tmp_path / "artifact",
+            served=artifact_digest(tmp_path / "artifact"),
             spec=spec,
             swap=swap,
             poll_s=0.05,
@@ -163,8 +164,112 @@ def test_a_wrong_interval_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="artifact_reload_s=-1"):
         ArtifactReloader(
             find=lambda: None,
-            served=tmp_path,
+            served="",
             spec=None,
             swap=print,
             poll_s=-1,  # type: ignore[arg-type]
         )
+
+
+@pytest.fixture(scope="module")
+def spec() -> MoESpec:
+    return MoESpec(model_id="tiny", num_experts=4, top_k=2, decoder_layers=(0, 1))
+
+
+class Looked:
+    """A reloader that polls, with a `find` and a `swap` that fail as often as a test says."""
+
+    def __init__(self, spec: MoESpec, folder: Path) -> None:
+        self.folder = folder
+        self.find_errors: list[Exception] = []
+        self.swap_errors: list[Exception] = []
+        self.looks = 0
+        self.swapped: list[Any] = []
+        save_artifact(popularity(spec, 1), folder, spec=spec, parents={})
+        self.reloader = ArtifactReloader(
+            find=self.find, served="of another", spec=spec, swap=self.swap, poll_s=0.01
+        )
+
+    def find(self) -> Path:
+        self.looks += 1
+        if self.find_errors:
+            raise self.find_errors.pop()
+        return self.folder
+
+    def swap(self, predictor: Any) -> None:
+        if self.swap_errors:
+            raise self.swap_errors.pop()
+        self.swapped.append(predictor)
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("manifest"), FileNotFoundError("it vanished"), TypeError("list")], ids=repr
+)
+def test_whatever_a_look_raises_is_counted_and_the_next_one_succeeds(
+    spec: MoESpec, tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    looked = Looked(spec, tmp_path / "artifact")
+    looked.find_errors = [error]
+    with looked.reloader as reloader:
+        wait_until(lambda: reloader.num_reloads == 1)
+    assert reloader.num_refusals == 1
+    assert str(error) in caplog.text
+
+
+def test_what_stays_wrong_is_told_once(spec: MoESpec, tmp_path: Path) -> None:
+    looked = Looked(spec, tmp_path / "artifact")
+    looked.find_errors = [KeyError("manifest") for _ in range(1000)]
+    with looked.reloader as reloader:
+        wait_until(lambda: looked.looks > 5)
+        assert reloader.num_refusals == 1
+        looked.find_errors = [OSError("something else")]
+        wait_until(lambda: reloader.num_reloads == 1)
+    assert reloader.num_refusals == 2
+
+
+def test_one_that_the_engine_had_no_time_for_is_tried_again(spec: MoESpec, tmp_path: Path) -> None:
+    looked = Looked(spec, tmp_path / "artifact")
+    looked.swap_errors = [EngineUnavailableError("the engine was busy for too long")]
+    with looked.reloader as reloader:
+        wait_until(lambda: reloader.num_reloads == 1)
+    assert len(looked.swapped) == 1
+    assert reloader.num_refusals == 1
+
+
+def test_one_that_cannot_serve_is_not_tried_again_until_sighup(
+    spec: MoESpec, tmp_path: Path
+) -> None:
+    looked = Looked(spec, tmp_path / "artifact")
+    looked.swap_errors = [ValueError("it cannot serve")]
+    with looked.reloader as reloader:
+        wait_until(lambda: looked.looks > 5)
+        assert (reloader.num_reloads, reloader.num_refusals) == (0, 1)
+        reloader.request()
+        wait_until(lambda: reloader.num_reloads == 1)
+
+
+def test_a_change_that_is_under_way_when_patience_ends_counts_as_made(serving: Any) -> None:
+    engine, _, _, _ = serving
+    is_begun, may_end = threading.Event(), threading.Event()
+    made: list[str] = []
+
+    def slow() -> None:
+        is_begun.set()
+        may_end.wait(20)
+        made.append("changed")
+
+    waiting = threading.Thread(target=lambda: (is_begun.wait(20), may_end.wait(0.1), may_end.set()))
+    waiting.start()
+    engine.between_steps(slow, timeout_s=0.01)
+    waiting.join()
+    assert made == ["changed"]
+
+
+def test_sighup_without_a_predictor_is_told_and_kills_nobody(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    with hear_hangups():
+        os.kill(os.getpid(), signal.SIGHUP)
+        wait_until(lambda: "no predictor is served" in caplog.text)
+    assert signal.getsignal(signal.SIGHUP) is before
