@@ -130,9 +130,15 @@ class Offload:
 
     def captured_cache(self, max_tokens: int) -> Any:
         """A KV cache over which decode steps are captured; None where none are."""
-        if self._graph is None or self._row_observer() is not None:  # a replay runs no hooks
+        if not self.captures_steps:
             return None
+        assert self._graph is not None
         return self._graph.new_cache(max_tokens)
+
+    @property
+    def captures_steps(self) -> bool:
+        """Whether decode steps are captured, for a server that asks for a `captured_cache`."""
+        return self._graph is not None and self._row_observer() is None  # a replay runs no hooks
 
     def end_request(self, key: str, *, remember: bool = True) -> None:
         """Say that an announced sequence is over, and whether it counts as a finished request."""

@@ -165,6 +165,11 @@ class GenerationEngine:
         return 0.0 if batch is None else batch.kv_usage
 
     @property
+    def recording_is_slow(self) -> bool:
+        """Whether decode steps are not replayed because traffic is recorded."""
+        return self._worker.records and self.offload is not None and self.offload.captures_steps
+
+    @property
     def prefix_tokens(self) -> tuple[int, int]:
         """Prompt tokens looked up among those of other sequences, and those found there."""
         batch = self._worker.batch

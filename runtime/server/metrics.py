@@ -162,6 +162,13 @@ class EngineCollector(Collector):
             )
             active.add_metric([self._model_name], float(recorder.is_active))
             yield active
+            slow = GaugeMetricFamily(
+                "moecast_record_replaces_graphs",
+                "1 while no captured decode step is replayed because traffic is recorded.",
+                labels=("model_name",),
+            )
+            slow.add_metric([self._model_name], float(self._engine.recording_is_slow))
+            yield slow
         if (reloader := self._engine.reloader) is not None:
             rows += [
                 ("moecast_artifact_reloads", "Artifacts that took over.", reloader.num_reloads),

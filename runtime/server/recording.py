@@ -82,7 +82,7 @@ class TrafficRecorder:
 
     Attributes:
         num_recorded: Requests that were written.
-        num_dropped: Requests that were left out.
+        num_dropped: Requests that were left out, those after the recording's end among them.
         is_active: Whether it still records.
 
     Raises:
@@ -115,6 +115,10 @@ class TrafficRecorder:
         except queue.Full:
             self.num_dropped += 1
 
+    def leave_out(self) -> None:
+        """Count an answered request whose routing nobody read, since the recording has ended."""
+        self.num_dropped += 1
+
     def close(self) -> None:
         """Write what is pending; a second call does nothing."""
         if self._thread.is_alive():
@@ -131,7 +135,7 @@ class TrafficRecorder:
                 routed = self._pending.get(timeout=wait_s)
                 is_open = routed is not None
                 if routed is not None and self.is_active:
-                    shard.append(self._trace(routed))
+                    shard += self._traces(routed)
                     deadline_s = deadline_s if len(shard) > 1 else time.monotonic() + _SHARD_S
                 elif routed is not None:
                     self.num_dropped += 1
@@ -144,9 +148,9 @@ class TrafficRecorder:
         self._appender.close()
 
     def _append(self, shard: list[Trace]) -> None:
-        room = self._max_requests - len(self._appender)
-        fitting, beyond = shard[: max(0, room)], shard[max(0, room) :]
         try:
+            room = self._max_requests - len(self._appender)
+            fitting, beyond = shard[: max(0, room)], shard[max(0, room) :]
             if fitting:
                 self._appender.append(fitting)
         except Exception:
@@ -160,6 +164,16 @@ class TrafficRecorder:
         if len(self._appender) >= self._max_requests:
             logger.warning("Recording ends: the store holds %d requests", len(self._appender))
             self.is_active = False
+
+    def _traces(self, routed: Routed) -> list[Trace]:
+        """The request's trace; none if that cannot be made, which ends the recording."""
+        try:
+            return [self._trace(routed)]
+        except Exception:
+            logger.exception("Recording ends: a request of it cannot be a trace")
+            self.is_active = False
+            self.num_dropped += 1
+            return []
 
     def _trace(self, routed: Routed) -> Trace:
         prompt = routed.prompt or ""

@@ -52,6 +52,11 @@ class ExpertOffload(Protocol):
         """Whether forecasts are right for several sequences in a pass."""
         ...
 
+    @property
+    def captures_steps(self) -> bool:
+        """Whether `captured_cache` gives any."""
+        ...
+
     def announce(self, rows: Sequence[PassRow]) -> None:
         """Say whose tokens the next forward pass computes, one sequence after the other."""
         ...

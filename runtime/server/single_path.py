@@ -90,13 +90,30 @@ class SinglePath:
             ids_1T = torch.tensor([row.ids], dtype=torch.long, device=self._model.device)
             logits_1V, told = read_prompt(self._read_piece, ids_1T, num_top=num_top)
             return SingleStep(row, logits_1V, told)
-        self._announce([row])
         if self._is_captured:
+            self._announce([row])
             logits_1V = self._prepared_forward(row.ids)
+            self._num_fed += len(row.ids)
         else:
-            logits_1V = self._forward(row.ids, self._cache)[-1:]
-        self._num_fed += len(row.ids)
+            logits_1V = self._read_up_to(len(decoding.ids))
         return SingleStep(row, logits_1V, told)
+
+    def _read_up_to(self, end: int) -> Tensor:
+        """Feed the tokens before ``end``; what follows the last one, [1, V]."""
+        assert self.decoding is not None
+        chunk = self._chunk_tokens or end
+        for start in range(self._num_fed, end, chunk):
+            part = self.decoding.row(start, min(start + chunk, end))
+            self._announce([part])
+            logits_1V = self._forward(part.ids, self._cache)[-1:]
+            self._num_fed += len(part.ids)
+        return logits_1V
+
+    @property
+    def _chunk_tokens(self) -> int | None:
+        """The most tokens of a forward pass, which memory was planned for; None for any number."""
+        config = getattr(self._model, "generation_config", None)
+        return getattr(config, "prefill_chunk_size", None)
 
     def _read_piece(self, ids_1T: Tensor) -> Tensor:
         """Feed the next tokens of the prompt; what follows each of them, [T, V]."""
@@ -122,8 +139,7 @@ class SinglePath:
 
     def _prepared_forward(self, ids: Sequence[int]) -> Tensor:
         """The same over a static cache, a prompt in chunks of what memory was planned for."""
-        config = getattr(self._model, "generation_config", None)
-        chunk = getattr(config, "prefill_chunk_size", None) or len(ids)
+        chunk = self._chunk_tokens or len(ids)
         device, output = self._model.device, None
         for start in range(0, len(ids), chunk):
             part = ids[start : start + chunk]

@@ -67,7 +67,8 @@ class Worker:
         offload: What `runtime.engine.attach` gave for this model, or None.
         scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING.
         recorder: Gets each answered sequence with its routing, or None. Prefixes are then not
-            shared, since who shares one is not routed.
+            shared, since who shares one is not routed. While it records, no captured step is
+            replayed: a replay runs no hooks, and who records reads the routers by them.
 
     Attributes:
         observer: Hears of every token and step.
@@ -127,12 +128,22 @@ class Worker:
         return self._mode != "single" or self.num_sequences == 0
 
     @property
+    def records(self) -> bool:
+        """Whether the routing of what is answered is read."""
+        return self._recorder is not None and self._recorder.is_active
+
+    @property
     def batch(self) -> BatchedPath | None:
         """What runs together; None where nothing ever does."""
         return self._batch
 
     def try_out(self) -> None:
         """See that the model runs, and decide what the mode leaves open."""
+        if self.records and self._offload is not None and self._offload.captures_steps:
+            logger.warning(
+                "Recording reads every router, which captured decode steps do not show: none is "
+                "replayed until it ends, and tokens take longer"
+            )
         self._see_routers(on=False)
         self._announce([PassRow("try-out", "", [0], [0], position=0)])
         self._single.try_out()
@@ -169,6 +180,8 @@ class Worker:
     def step(self) -> bool:
         """Run what can run for one token each; whether anything was computed."""
         self._drop_cancelled()
+        if self._tap is not None and not self.records:
+            self._see_routers(on=True)  # only if somebody still asks
         self._place()
         has_run = self._step_batch()
         return self._step_single() or has_run
@@ -203,7 +216,7 @@ class Worker:
             self._tap = None
         lone = self._single.decoding
         asks = lone is not None and lone.generation.request.routed_experts
-        if on and (self._recorder is not None or asks):
+        if on and (self.records or asks):
             self._tap = RouterRecorder(self._model, keep_router_probs=False).__enter__()
 
     def _take_routing(self) -> None:
@@ -236,8 +249,8 @@ class Worker:
         )
 
     def _captured_cache(self, max_tokens: int) -> Any:
-        if self._offload is None or self._recorder is not None:
-            return None  # a replay runs no hooks, and who records reads the routers by them
+        if self._offload is None or self.records:
+            return None
         return self._offload.captured_cache(max_tokens)
 
     def _expected_use(self, decoding: Decoding) -> Tensor | None:
@@ -385,8 +398,12 @@ class Worker:
             decoding.generation.sink(decoding.last_piece)
 
     def _record(self, decoding: Decoding) -> None:
-        if self._recorder is not None and (routed := decoding.routed()) is not None:
+        if self._recorder is None:
+            return
+        if (routed := decoding.routed()) is not None:
             self._recorder.add(routed)
+        elif not self._recorder.is_active:
+            self._recorder.leave_out()
 
     def _fail(self, decoding: Decoding, error: Exception, outcome: Outcome) -> None:
         self._failed.pop(decoding.key, None)

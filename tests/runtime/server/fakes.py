@@ -15,6 +15,7 @@ from transformers import GenerationConfig, Qwen3MoeConfig
 
 from data.schema import MoESpec
 from runtime.backend import OffloadStats
+from runtime.decode_graph import DecodeGraph, PlainRecorder
 from runtime.observed_request import PassRow
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import Failure, Generation, GenerationRequest, Piece
@@ -88,6 +89,7 @@ class FakeOffload:
     )
     slots = (3, 2)
     follows_batches = True
+    captures_steps = False
 
     def __init__(self) -> None:
         self.rows: list[PassRow] = []
@@ -109,6 +111,23 @@ class FakeOffload:
 
     def stats(self) -> Any:
         return self.counted
+
+
+NOTHING = OffloadStats(hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0)
+
+
+class Captured(FakeOffload):
+    """An offload whose decode steps are captured (repeated, on a CPU)."""
+
+    captures_steps = True
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.counted = NOTHING
+        self.graph = DecodeGraph(model, recorder=PlainRecorder(), max_batch=1)
+
+    def captured_cache(self, max_tokens: int) -> Any:  # type: ignore[override]
+        return self.graph.new_cache(max_tokens)
 
 
 class Listener:

@@ -23,7 +23,16 @@ from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.recording import Routed, TrafficRecorder, open_recording
 from runtime.server.sampling import SamplingParams
-from tests.runtime.server.fakes import Listener, generate, samples, submit_one, wait_until
+from tests.families import tiny_model
+from tests.runtime.server.fakes import (
+    NOTHING,
+    Captured,
+    Listener,
+    generate,
+    samples,
+    submit_one,
+    wait_until,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 GREEDY = SamplingParams(temperature=0.0)
@@ -149,6 +158,59 @@ def test_a_full_disk_ends_the_recording_and_not_the_serving(
         assert client.get("/health").status_code == 200
     assert "No space left on device" in caplog.text
     assert shelf.shards == []
+
+
+def test_a_request_that_cannot_be_a_trace_ends_the_recording_and_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shelf = Shelf()
+    recorder = TrafficRecorder(shelf, prompts="hash")
+    recorder.add(routed("as it should be"))
+    recorder.add(routed("half a character: \ud800"))  # no UTF-8 for this
+    wait_until(lambda: not recorder.is_active)
+    recorder.add(routed("too late"))
+    recorder.close()
+    assert (len(shelf), recorder.num_recorded, recorder.num_dropped) == (1, 1, 2)
+    assert shelf.is_closed
+    assert "Recording ends" in caplog.text
+
+
+def test_captured_steps_wait_for_the_end_of_the_recording_and_that_is_told(
+    tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("qwen3_moe")
+    model.generation_config.prefill_chunk_size = 7
+    widths: list[int] = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    offload, recorder = Captured(model), TrafficRecorder(Shelf(), max_requests=32)
+    engine = GenerationEngine(model=model, tokenizer=tokenizer, offload=offload, recorder=recorder)
+    ask = {"max_tokens": 4, "ignore_eos": True, "sampling": GREEDY}
+    with TestClient(create_app(engine, model_name="tiny")) as client:
+        wait_until(lambda: engine.state == "ready")
+        assert "Recording reads every router" in caplog.text
+        said = [generate(engine, list(range(5, 25)), **ask)[0] for _ in range(32)]
+        wait_until(lambda: not recorder.is_active)
+        assert samples(client)["moecast_record_replaces_graphs"] == 0
+        assert max(widths) == 7, "the prompts' chunks are those of the plan"
+        assert offload.graph.add_to(NOTHING).graph_captures == 0
+        said.append(generate(engine, list(range(5, 25)), **ask)[0])
+        assert offload.graph.add_to(NOTHING).graph_captures == 1
+        assert all(not moe.router._forward_hooks for moe in moe_layers(model))
+        assert samples(client)["moecast_record_dropped_requests_total"] == 1
+    assert all(ids == said[0] for ids in said)
+    offload.graph.remove()
+
+
+def test_the_metric_says_while_captured_steps_wait(tokenizer: Any) -> None:
+    model = tiny_model("qwen3_moe")
+    offload, recorder = Captured(model), TrafficRecorder(Shelf())
+    engine = GenerationEngine(model=model, tokenizer=tokenizer, offload=offload, recorder=recorder)
+    with TestClient(create_app(engine, model_name="tiny")) as client:
+        wait_until(lambda: engine.state == "ready")
+        assert samples(client)["moecast_record_replaces_graphs"] == 1
+    offload.graph.remove()
 
 
 def test_a_store_takes_so_many_and_no_more() -> None:

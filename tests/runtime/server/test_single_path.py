@@ -5,25 +5,10 @@ from typing import Any
 
 import pytest
 
-from runtime.backend import OffloadStats
-from runtime.decode_graph import DecodeGraph, PlainRecorder
 from runtime.server.generation import GenerationEngine
 from runtime.server.sampling import SamplingParams
 from tests.families import tiny_model
-from tests.runtime.server.fakes import FakeOffload, generate
-
-NOTHING = OffloadStats(hits=0, misses=0, streamed=0, evictions=0, miss_bytes=0, stall_s=0.0)
-
-
-class Captured(FakeOffload):
-    """An offload whose decode steps are captured (repeated, on a CPU)."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.graph = DecodeGraph(model, recorder=PlainRecorder(), max_batch=1)
-
-    def captured_cache(self, max_tokens: int) -> Any:  # type: ignore[override]
-        return self.graph.new_cache(max_tokens)
+from tests.runtime.server.fakes import NOTHING, Captured, generate
 
 
 @pytest.fixture(params=["qwen3_moe", "gpt_oss", "mixtral"])
