@@ -44,6 +44,7 @@ from runtime.server.options import Limits, ServerOptions
 from runtime.server.recording import open_recording
 from runtime.server.run import bind, serve
 from runtime.server.security import check_exposure, load_api_keys
+from runtime.server.worker import Mode
 
 log = logging.getLogger("serve")
 
@@ -77,12 +78,46 @@ def newest_artifact(folder: Path, spec: MoESpec, *, level: int = logging.INFO) -
 
 def place(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any]:
     """What `attach` is told of device and memory; on a GPU, bytes are of everything there."""
+    options = {"compile_layers": cfg.compile_layers, "cpu_lane": cfg.cpu_lane}
+    return options | _memory(cfg, spec, device)
+
+
+def _memory(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         slots = parse_budget(cfg.budget, spec)
         return {"device": device, "slots": slots, "store_dir": cfg.paths.expert_store}
-    if cfg.budget.strip().endswith("%"):
-        return {"device": device, "slots": parse_budget(cfg.budget, spec)}
-    return {"device": device, "budget_bytes": cfg.budget}
+    placed = {"device": device, "context_tokens": cfg.serve.context_tokens}
+    if _is_share(cfg):
+        return placed | {"slots": parse_budget(cfg.budget, spec)}
+    return placed | {"budget_bytes": cfg.budget}
+
+
+def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
+    """How sequences run; a GPU's budget in bytes has the KV cache of one sequence in it.
+
+    Raises:
+        ValueError: A value is not allowed, or sequences shall run together where that was not
+            planned for.
+    """
+    if cfg.cpu_lane not in (False, True, "auto"):
+        raise ValueError(f"cpu_lane={cfg.cpu_lane}: must be one of false, true, auto")
+    mode: Mode = cfg.serve.engine
+    if device.type == "cpu" or _is_share(cfg):
+        return mode
+    if mode == "batched":
+        raise ValueError(
+            f"serve.engine=batched: budget={cfg.budget} on a GPU holds the KV cache of one "
+            "sequence; give serve.engine=single, or the budget as a share of the experts"
+        )
+    if mode == "auto":
+        log.warning(
+            "budget=%s holds the KV cache of one sequence: they run one after the other", cfg.budget
+        )
+    return "single"
+
+
+def _is_share(cfg: DictConfig) -> bool:
+    return bool(cfg.budget.strip().endswith("%"))
 
 
 def find_artifact(cfg: DictConfig, spec: MoESpec, *, level: int = logging.INFO) -> Path | None:
@@ -138,6 +173,7 @@ def run(cfg: DictConfig) -> int:
     """
     use_format(cfg.serve.log, logging.getLogger().handlers)
     options, device = server_options(cfg), pick_device(cfg.device)
+    mode = engine_mode(cfg, device)
     with ExitStack() as stack:
         reserved = None
         if not cfg.check:
@@ -177,7 +213,8 @@ def run(cfg: DictConfig) -> int:
             tokenizer=tokenizer,
             offload=offload,
             max_queue=cfg.serve.max_queue,
-            mode=cfg.serve.engine,
+            max_context_tokens=cfg.serve.context_tokens or offload.context_tokens,
+            mode=mode,
             max_batch=cfg.serve.max_batch,
             kv_tokens=cfg.serve.kv_tokens,
             scheduler=cfg.serve.scheduler,

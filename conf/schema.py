@@ -78,6 +78,8 @@ class ServeConfig:
     budget: str = "25%"
     check: bool = False
     device: str = "auto"
+    compile_layers: bool = False
+    cpu_lane: Any = False
 
 
 def register() -> None:

@@ -169,14 +169,17 @@ class DecodeGraph:
                 model, name, functools.update_wrapper(functools.partial(ours), self._stock[name])
             )
 
-    def new_cache(self, max_tokens: int) -> Any:
+    def new_cache(self, max_tokens: int, *, context_tokens: int | None = None) -> Any:
         """An empty KV cache of one sequence, over which steps are captured; one at a time.
 
         Args:
             max_tokens: The most positions that it will hold. Rounded up, so that sequences of about
                 the same length share a graph.
+            context_tokens: What memory was planned for: no more is allocated unless it is needed.
         """
         rounded = max(_MIN_CACHE_TOKENS, 1 << (max_tokens - 1).bit_length())
+        if context_tokens is not None:
+            rounded = max(max_tokens, min(rounded, context_tokens))
         return self._prepare_static_cache("static", 1, rounded)
 
     def add_to(self, stats: OffloadStats) -> OffloadStats:

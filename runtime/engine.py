@@ -61,6 +61,8 @@ class Offload:
     Attributes:
         spec: The model's MoE.
         slots: C of each MoE layer.
+        context_tokens: Positions of a sequence that memory on a GPU was planned for; None where
+            nothing was planned, and a longer one takes what it takes.
     """
 
     def __init__(
@@ -70,9 +72,11 @@ class Offload:
         spec: MoESpec,
         slots: tuple[int, ...],
         backend: Backend,
+        context_tokens: int | None = None,
     ) -> None:
         self.spec = spec
         self.slots = slots
+        self.context_tokens = context_tokens
         self._backend = backend
         self._layer_of = {moe.experts: moe.layer for moe in layers}
         self._predictor: ServedPredictor | None = None
@@ -133,7 +137,7 @@ class Offload:
         if not self.captures_steps:
             return None
         assert self._graph is not None
-        return self._graph.new_cache(max_tokens)
+        return self._graph.new_cache(max_tokens, context_tokens=self.context_tokens)
 
     @property
     def captures_steps(self) -> bool:
@@ -230,7 +234,13 @@ class Offload:
 
     def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
         """See that memory holds a prompt, and forget it."""
-        check_prompt_fits(model, tokens, slots=self.slots, planned_bytes=planned_bytes)
+        check_prompt_fits(
+            model,
+            tokens,
+            slots=self.slots,
+            planned_bytes=planned_bytes,
+            context_tokens=self.context_tokens,
+        )
         self._backend.reset()
 
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
@@ -295,6 +305,7 @@ def attach(
     compile_layers: bool = False,
     cpu_lane: bool | Literal["auto"] = False,
     trial_tokens: int | None = None,
+    context_tokens: int | None = None,
 ) -> Offload:
     """Serve ``model`` with only some of its experts in memory; its outputs stay the same.
 
@@ -333,6 +344,9 @@ def attach(
         trial_tokens: Only for a GPU: serve a prompt of so many tokens, beside a KV cache of the
             whole context, before anything else, so that what does not fit fails now; 0 = do not. By
             default one chunk where ``budget_bytes`` is given: no prompt takes more memory.
+        context_tokens: Only for a GPU: prompt and answer of the one sequence whose KV cache
+            ``budget_bytes`` shall hold; by default `runtime.gpu_memory.CONTEXT_TOKENS`, or what the
+            model has. A server must not admit longer ones (`Offload.context_tokens`).
 
     Raises:
         NotAMoEError: The model is dense, or its family bypasses transformers' ExpertsInterface.
@@ -354,6 +368,8 @@ def attach(
             raise ValueError("cpu_lane=True: experts are served by the CPU anyway; leave it out")
         if trial_tokens:
             raise ValueError(f"trial_tokens={trial_tokens}: prompts are tried on a GPU only")
+        if context_tokens is not None:
+            raise ValueError(f"context_tokens={context_tokens}: memory is planned on a GPU only")
         num_slots = slots_per_layer(spec, slots, budget_bytes)
         if predictor is not None:
             predictor.bind(model)
@@ -372,17 +388,26 @@ def attach(
         from runtime.gpu_memory import CHUNK_TOKENS, allocated_bytes, gpu_slots_for_bytes
 
         planned_bytes = None
+        if context_tokens is not None or (budget_bytes is not None and slots is None):
+            context_tokens = context_of(model, context_tokens)
         if budget_bytes is not None and slots is None:
+            assert context_tokens is not None
             budget = parse_bytes(budget_bytes)
             forecast_bytes = 0
             if predictor is not None and policy.foresight == "forecast":
                 forecast_bytes = device_bytes(predictor)
             slots = gpu_slots_for_bytes(
-                model, layers, spec, budget, device=target, predictor_bytes=forecast_bytes
+                model,
+                layers,
+                spec,
+                budget,
+                device=target,
+                predictor_bytes=forecast_bytes,
+                context_tokens=context_tokens,
             )
             planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
             if trial_tokens is None:
-                trial_tokens = min(CHUNK_TOKENS, context_of(model) - 1)
+                trial_tokens = min(CHUNK_TOKENS, context_tokens - 1)
             budget_bytes = None
         num_slots = slots_per_layer(spec, slots, budget_bytes)
         backend = GpuExperts.build(
@@ -394,7 +419,9 @@ def attach(
             device=target,
             cpu_lane=cpu_lane,
         )
-    offload = Offload(layers=layers, spec=spec, slots=num_slots, backend=backend)
+    offload = Offload(
+        layers=layers, spec=spec, slots=num_slots, backend=backend, context_tokens=context_tokens
+    )
     try:
         offload._install()
         if target.type == "cuda" and generates:

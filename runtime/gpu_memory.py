@@ -160,8 +160,9 @@ def gpu_slots_for_bytes(
     *,
     device: torch.device | None = None,
     predictor_bytes: int = 0,
+    context_tokens: int = CONTEXT_TOKENS,
 ) -> int:
-    """Slots per layer for a budget of everything on the GPU, with the default context.
+    """Slots per layer for a budget of everything on the GPU.
 
     Args:
         model: As loaded; only its configuration, class and dtype are read.
@@ -170,6 +171,7 @@ def gpu_slots_for_bytes(
         budget_bytes: Of everything.
         device: Where it is to be served: checked for room if the model is not there yet.
         predictor_bytes: What a predictor takes there.
+        context_tokens: Positions of the one KV cache.
     """
     layout = ExpertLayout.of(layers[0].experts)
     kind: Any = type(model)
@@ -179,17 +181,28 @@ def gpu_slots_for_bytes(
     home = next(layers[0].experts.parameters()).device
     if device is not None and device.type == "cuda" and home.type != "cuda":
         free_bytes = free_bytes_of(device)
-    counted = footprint(likeness, context=CONTEXT_TOKENS, batch=1, chunk_tokens=CHUNK_TOKENS)
+    counted = footprint(likeness, context=context_tokens, batch=1, chunk_tokens=CHUNK_TOKENS)
     return plan_memory(
         counted, budget_bytes, free_bytes=free_bytes, predictor_bytes=predictor_bytes
     ).slots
 
 
-def context_of(model: nn.Module) -> int:
-    """Positions that memory is planned for: `CONTEXT_TOKENS`, or what the model has."""
+def context_of(model: nn.Module, wanted: int | None = None) -> int:
+    """Positions that memory is planned for: as wanted, or `CONTEXT_TOKENS` if the model has them.
+
+    Raises:
+        ValueError: The model has fewer than are wanted, or no prompt and answer fit.
+    """
     config: Any = model.config
-    text = config.get_text_config(decoder=True)
-    return min(CONTEXT_TOKENS, getattr(text, "max_position_embeddings", None) or CONTEXT_TOKENS)
+    most: int | None = getattr(
+        config.get_text_config(decoder=True), "max_position_embeddings", None
+    )
+    if wanted is None:
+        return min(CONTEXT_TOKENS, most or CONTEXT_TOKENS)
+    if wanted < 2 or (most is not None and wanted > most):
+        upper = "" if most is None else f" and at most max_position_embeddings={most}"
+        raise ValueError(f"context_tokens={wanted}: must be at least 2{upper}")
+    return wanted
 
 
 def allocated_bytes(model: nn.Module, device: torch.device) -> int:

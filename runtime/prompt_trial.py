@@ -16,7 +16,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_prompt_fits(
-    model: Any, tokens: int, *, slots: Sequence[int], planned_bytes: int | None
+    model: Any,
+    tokens: int,
+    *,
+    slots: Sequence[int],
+    planned_bytes: int | None,
+    context_tokens: int | None = None,
 ) -> None:
     """Serve a prompt that means nothing, and look at the memory that it takes.
 
@@ -25,11 +30,12 @@ def check_prompt_fits(
         tokens: The prompt's length; its KV cache is made for the whole context.
         slots: C of each layer, to be named.
         planned_bytes: Of everything on the device; a trial that takes more is logged.
+        context_tokens: The whole context, which memory was planned for; None for `context_of`.
 
     Raises:
         ValueError: It does not fit.
     """
-    context_tokens = context_of(model)
+    context_tokens = context_of(model, context_tokens)
     try:
         trial = try_prefill(
             model, tokens, context_tokens=context_tokens, planned_bytes=planned_bytes

@@ -84,3 +84,15 @@ def test_a_loaded_model_is_only_looked_at(family: str) -> None:
     with pytest.raises(ValueError, match="at least"):
         gpu_slots_for_bytes(model, layers, spec, 1000)
     assert model.config._experts_implementation == before
+
+
+def test_a_longer_context_leaves_fewer_slots() -> None:
+    model = tiny_model("qwen3_moe", max_position_embeddings=1 << 20)
+    layers, spec = moe_layers(model), spec_of(model)
+
+    def slots(context_tokens: int) -> int:
+        return gpu_slots_for_bytes(model, layers, spec, 300 << 20, context_tokens=context_tokens)
+
+    assert slots(4096) == spec.num_experts
+    with pytest.raises(ValueError, match="1000000 tokens of context"):
+        slots(1_000_000)

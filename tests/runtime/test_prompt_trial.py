@@ -91,3 +91,47 @@ def test_the_context_is_no_longer_than_the_models(model: Any) -> None:
 def test_prompts_are_not_tried_on_a_cpu(model: Any) -> None:
     with pytest.raises(ValueError, match="trial_tokens=8: prompts are tried on a GPU only"):
         attach(model, slots=5, trial_tokens=8)
+
+
+def test_a_context_that_is_wanted_is_the_plans_or_refused(model: Any) -> None:
+    most = model.config.max_position_embeddings
+    assert context_of(model, most) == most
+    assert context_of(model, 2) == 2
+    for wrong in (1, most + 1):
+        with pytest.raises(ValueError, match=f"context_tokens={wrong}: .*_embeddings={most}"):
+            context_of(model, wrong)
+
+
+def test_no_cache_is_larger_than_the_context_that_was_planned_for(model: Any) -> None:
+    with attach_as_device(model, graph=True) as offload:
+        offload.context_tokens = 300
+        assert offload.captured_cache(280).layers[0].max_cache_len == 300
+        assert offload.captured_cache(20).layers[0].max_cache_len == 300  # what is there is used
+        offload._try_prompt(model, TOKENS, None)
+        graph: Any = offload._graph
+        assert graph._kv._layers[0].max_cache_len == 300
+        offload.context_tokens = None
+        assert offload.captured_cache(301).layers[0].max_cache_len == 512
+
+
+@pytest.mark.parametrize(("wanted", "planned"), [(None, CONTEXT_TOKENS), (9000, 9000)])
+def test_slots_on_a_gpu_are_planned_beside_the_context_that_is_served(
+    model: Any, monkeypatch: pytest.MonkeyPatch, wanted: int | None, planned: int
+) -> None:
+    class Planned(Exception):
+        """With what."""
+
+    def plan(*args: Any, context_tokens: int, **kwargs: Any) -> int:
+        raise Planned(context_tokens)
+
+    model.config.max_position_embeddings = 10_000
+    monkeypatch.setattr("runtime.engine.check_model", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr("runtime.engine.check_gpu_options", lambda *_, **__: None)
+    monkeypatch.setattr("runtime.gpu_memory.gpu_slots_for_bytes", plan)
+    with pytest.raises(Planned, match=str(planned)):
+        attach(model, budget_bytes="1GiB", device="cuda", context_tokens=wanted)
+
+
+def test_a_cpu_plans_for_no_context(model: Any) -> None:
+    with pytest.raises(ValueError, match="context_tokens=64: memory is planned on a GPU only"):
+        attach(model, slots=5, context_tokens=64)
