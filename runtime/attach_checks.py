@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.adapters import MoELayer, expert_parameters
 from data.errors import SpecMismatchError
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 NAME_PREFIX = "moecast-"  # of the names under which models' expert functions are registered
 DEVICES = ("auto", "cpu", "cuda")
+MODES = ("lossless", "resident_only")
 
 
 def pick_device(name: str) -> torch.device:
@@ -116,6 +117,45 @@ def check_spec(predictor: Predictor, spec: MoESpec) -> None:
     if difference := predictor.spec.mismatch(spec):
         raise SpecMismatchError(
             f"predictor {predictor.kind!r} was fitted for another model: {difference}"
+        )
+
+
+def check_mode(
+    mode: str,
+    *,
+    device: torch.device,
+    spec: MoESpec,
+    predictor: Predictor | None,
+    scores_LE: Tensor | None,
+) -> None:
+    """ValueError unless everything that the mode needs is there, and nothing that it cannot use."""
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}: must be one of {list(MODES)}")
+    if mode == "lossless":
+        if scores_LE is not None:
+            raise ValueError("resident_scores_LE: only for mode='resident_only', leave it out")
+        return
+    if device.type != "cpu":
+        raise ValueError(f"mode={mode!r} with device={device}: only a CPU can serve so")
+    if predictor is not None:
+        raise ValueError(
+            f"mode={mode!r} with predictor {predictor.kind!r}: what is resident is for "
+            "`Offload.keep_resident` to say; give its forecasts there"
+        )
+    if scores_LE is None:
+        raise ValueError(
+            f"mode={mode!r}: give resident_scores_LE, such as each expert's share of past use: "
+            "what is not resident at first is not used"
+        )
+    check_scores(scores_LE, spec)
+
+
+def check_scores(scores_LE: Tensor, spec: MoESpec) -> None:
+    """ValueError unless there is one score per expert."""
+    if scores_LE.shape != (spec.num_layers, spec.num_experts) or scores_LE.isnan().any():
+        raise ValueError(
+            f"scores of shape {list(scores_LE.shape)}: must be numbers, "
+            f"[{spec.num_layers}, {spec.num_experts}]"
         )
 
 

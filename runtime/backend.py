@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.adapters import MoELayer
 from data.schema import MoESpec
-from runtime.cache import Event, ExpertCache
+from runtime.cache import Event, ExpertCache, Step
 from runtime.experts import CpuExecutor, ExpertExecutor, used_experts
 from runtime.host_store import HostStore, open_store, release_experts, restore_experts
 from runtime.metrics import Counters
@@ -54,6 +54,10 @@ class OffloadStats:
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
         eager_calls: Why forward passes did not, and how many each.
+        mode: "lossless", or "resident_only": outputs are then not the model's own.
+        moved: Experts brought in between requests, by `Offload.keep_resident`; no misses.
+        routed: (token, expert) pairs that a router which was restricted has routed.
+        rerouted: Those of them whose expert it would not have chosen.
         predictor: Kind of the predictor whose forecasts are asked for; None if none is.
         predictor_failed: Whether it has raised and is switched off; `policy` "lfru" goes on then.
         predictor_forgets: Whether it would follow finished requests on a host, and cannot inside
@@ -78,6 +82,10 @@ class OffloadStats:
     graph_captures: int = 0
     graph_replays: int = 0
     eager_calls: Mapping[str, int] = field(default_factory=dict)
+    mode: str = "lossless"
+    moved: int = 0
+    routed: int = 0
+    rerouted: int = 0
     predictor: str | None = None
     predictor_failed: bool = False
     predictor_forgets: bool = False
@@ -198,6 +206,7 @@ class CpuBackend:
         self.later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
         self._counters = Counters(spec.num_layers)
         self._stall_s = 0.0
+        self._moved = 0
         for moe in layers:
             release_experts(moe)
 
@@ -259,6 +268,17 @@ class CpuBackend:
         before, self._cache.policy = self._cache.policy, policy
         return before
 
+    def make_resident(self, resident_LE: Tensor) -> None:
+        """Have these experts in slots, and no others; what has to come in is no miss.
+
+        Args:
+            resident_LE: bool, as many of each layer as it has slots.
+        """
+        for layer, resident_E in enumerate(resident_LE):
+            step = self._decide(layer, resident_E)
+            self._load(layer, step)
+            self._moved += int(step.insert_LE.sum())
+
     def reset(self) -> None:
         """As `Backend.reset`."""
         self._cache.reset()
@@ -276,6 +296,7 @@ class CpuBackend:
             evictions=int(counters.evictions_L.sum()),
             miss_bytes=int((counters.misses_L * expert_bytes_L).sum()),
             stall_s=self._stall_s,
+            moved=self._moved,
         )
 
     def restore(self) -> None:
@@ -290,20 +311,28 @@ class CpuBackend:
         """One event: decide, load what gets a slot, and say where each resident expert is."""
         if not used:
             return {}
-        assert self._executor is not None
         needed_E = torch.zeros(self._spec.num_experts, dtype=torch.bool)
         needed_E[used] = True
-        step = self._cache.step(
-            needed_E,
-            layer=layer,
-            forecast_LE=self.later_use_LE[layer],
-            max_needed=len(used),
-        )
-        assert step.slot_of_LE is not None
-        slot_of_E: list[int] = step.slot_of_LE.tolist()
+        step = self._decide(layer, needed_E)
         started_s = time.perf_counter()
-        for expert in step.insert_LE.nonzero().flatten().tolist():
-            self._executor.load(layer, expert, slot_of_E[expert])
+        slot_of_E = self._load(layer, step)
         self._stall_s += time.perf_counter() - started_s
         self._counters.add(step, layer)
         return {expert: slot_of_E[expert] for expert in used if slot_of_E[expert] >= 0}
+
+    def _decide(self, layer: int, needed_E: Tensor) -> Step:
+        return self._cache.step(
+            needed_E,
+            layer=layer,
+            forecast_LE=self.later_use_LE[layer],
+            max_needed=int(needed_E.sum()),
+        )
+
+    def _load(self, layer: int, step: Step) -> list[int]:
+        """Bring what gets a slot; returns each expert's slot, -1 for none."""
+        assert self._executor is not None
+        assert step.slot_of_LE is not None
+        slot_of_E: list[int] = step.slot_of_LE.tolist()
+        for expert in step.insert_LE.nonzero().flatten().tolist():
+            self._executor.load(layer, expert, slot_of_E[expert])
+        return slot_of_E

@@ -32,7 +32,9 @@ from runtime.attach_checks import (
     NAME_PREFIX,
     check_foresight,
     check_gpu_options,
+    check_mode,
     check_model,
+    check_scores,
     check_spec,
     slots_per_layer,
 )
@@ -47,6 +49,7 @@ from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
+from runtime.resident_routing import ResidentRouting, most_wanted
 from runtime.served_predictor import ServedPredictor
 from runtime.sizes import parse_bytes
 
@@ -81,6 +84,7 @@ class Offload:
         self._layer_of = {moe.experts: moe.layer for moe in layers}
         self._predictor: ServedPredictor | None = None
         self._graph: DecodeGraph | None = None
+        self._restricted: ResidentRouting | None = None
         self._undo = ExitStack()
         self._attached = True
         self._name = f"{NAME_PREFIX}{id(self):x}"
@@ -99,6 +103,8 @@ class Offload:
         stats = self._backend.stats()
         if self._predictor is not None:
             stats = self._predictor.add_to(stats)
+        if self._restricted is not None:
+            stats = self._restricted.add_to(stats)
         return stats if self._graph is None else self._graph.add_to(stats)
 
     def begin_request(self, *prompts: str) -> None:
@@ -149,6 +155,24 @@ class Offload:
         if (observer := self._row_observer()) is not None:
             observer.end_request(key, remember=remember)
 
+    def keep_resident(self, scores_LE: Tensor) -> None:
+        """Make other experts resident, between requests, where the mode is "resident_only".
+
+        Args:
+            scores_LE: float, such as expected uses: of each layer those that score highest are
+                kept, as many as it has slots; of equals the first.
+
+        Raises:
+            ValueError: The mode is another, or there is not one number per expert.
+        """
+        if self._restricted is None:
+            raise ValueError("mode='lossless': its policy decides what is resident")
+        check_scores(scores_LE, self.spec)
+        resident_LE = most_wanted(scores_LE, self.slots)
+        assert isinstance(self._backend, CpuBackend)
+        self._backend.make_resident(resident_LE)
+        self._restricted.allow(resident_LE)
+
     def swap_predictor(self, predictor: Predictor) -> None:
         """Let another predictor forecast from the next pass on, by the policy given at `attach`.
 
@@ -190,6 +214,8 @@ class Offload:
         for config, implementation in self._implementations:
             config._experts_implementation = {"": implementation}
         ALL_EXPERTS_FUNCTIONS.pop(self._name, None)
+        if self._restricted is not None:
+            self._restricted.remove()
         self._undo.close()
         self._backend.restore()
         logger.info("Detached: %s", self.stats())
@@ -213,6 +239,11 @@ class Offload:
         for config, _ in self._implementations:
             # As a mapping, it sets this config alone and leaves its subconfigs as they are.
             config._experts_implementation = {"": self._name}
+
+    def _restrict(self, layers: Sequence[MoELayer], scores_LE: Tensor) -> None:
+        self._restricted = ResidentRouting(layers=layers, spec=self.spec)
+        self.keep_resident(scores_LE)
+        logger.warning("Mode resident_only: tokens whose experts are absent get others; LOSSY")
 
     def _cut_prompts(self, model: nn.Module, chunk_tokens: int) -> None:
         """Let ``model.generate`` compute prompts in chunks, which memory was planned for."""
@@ -306,6 +337,8 @@ def attach(
     cpu_lane: bool | Literal["auto"] = False,
     trial_tokens: int | None = None,
     context_tokens: int | None = None,
+    mode: Literal["lossless", "resident_only"] = "lossless",
+    resident_scores_LE: Tensor | None = None,
 ) -> Offload:
     """Serve ``model`` with only some of its experts in memory; its outputs stay the same.
 
@@ -347,6 +380,10 @@ def attach(
         context_tokens: Only for a GPU: prompt and answer of the one sequence whose KV cache
             ``budget_bytes`` shall hold; by default `runtime.gpu_memory.CONTEXT_TOKENS`, or what the
             model has. A server must not admit longer ones (`Offload.context_tokens`).
+        mode: "resident_only" is LOSSY: tokens are routed to the best experts that are resident, and
+            nothing is loaded but by `Offload.keep_resident` (`runtime.resident_routing`). Only for
+            the CPU; the policy then has nothing to decide.
+        resident_scores_LE: For that mode, who is resident at first; see `Offload.keep_resident`.
 
     Raises:
         NotAMoEError: The model is dense, or its family bypasses transformers' ExpertsInterface.
@@ -360,6 +397,7 @@ def attach(
     check_foresight(policy, predictor)
     if predictor is not None:
         check_spec(predictor, spec)
+    check_mode(mode, device=target, spec=spec, predictor=predictor, scores_LE=resident_scores_LE)
     generates = getattr(model, "generation_config", None) is not None
     if target.type == "cpu":
         if compile_layers:
@@ -424,6 +462,8 @@ def attach(
     )
     try:
         offload._install()
+        if resident_scores_LE is not None:
+            offload._restrict(layers, resident_scores_LE)
         if target.type == "cuda" and generates:
             offload._cut_prompts(model, CHUNK_TOKENS)
         if backend.max_graph_tokens is not None and generates:
