@@ -1,0 +1,365 @@
+"""eMoE's lossy mode: memory, speed and quality together, at several shares of resident experts.
+
+    python -m benchmarks.resident_only                               # the embedded model, one core
+    python -m benchmarks.resident_only prompts=self_instruct         # a set of the data folder
+
+Quality, against the same model with all of its experts, on prompts of topics that nothing was
+fitted on:
+
+- agreement: share of the full model's greedy answer's tokens that the restricted model would have
+  said too, given the full model's tokens before (teacher-forced);
+- KL: of the restricted model's next-token distribution from the full one's, nats, mean over the
+  answer's positions;
+- perplexity of the prompts' own text, beside the full model's.
+
+Who is resident: "random" experts (``seeds`` drawings); "popular" ones, by use in the fit topics'
+prompts (eMoE's Eq. 2 for one task, its f_i an offline statistic); and, for a bound, those that the
+request itself uses most under the full model ("own", which nobody knows before).
+
+Speed: greedy decoding of one request at a time, prompt included, by `attach` with as many slots:
+restricted ("popular"), exact (policy lru), and with all experts resident, in turns, ``repeats``
+rounds. Memory saved: experts without a slot. No speed is told without its quality.
+
+Ends with one line of JSON.
+
+Shape letters: T tokens · L MoE layers · E experts per layer · V vocabulary.
+"""
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.options import as_json, parse_options
+from benchmarks.record import record, spread
+from data.adapters import moe_layers, spec_of
+from data.models import load_model
+from data.observe import RouterRecorder
+from data.schema import MoESpec
+from data.sources.base import PromptSource
+from data.sources.shared_prompts import SharedPrompts
+from data.sources.stdlib import Stdlib
+from data.splits import split_by_topic
+from data.tables import format_table
+from runtime.budget import slots_at
+from runtime.engine import attach
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is measured.
+
+    Attributes:
+        model: As `data.models.load_model` has it.
+        prompts: "stdlib", or the name of a prompt set in the data folder.
+        num_prompts: Of all topics; a fifth or so of them is judged.
+        prompt_tokens: Of a prompt at most.
+        answer_tokens: Of each answer.
+        residencies: Shares of the experts that have a slot.
+        seeds: Drawings of random experts.
+        timed_prompts: Requests whose decoding is timed.
+        repeats: Rounds of timing.
+        out: Where to keep the result, or "".
+    """
+
+    model: str = "tiny_moe"
+    prompts: str = "stdlib"
+    num_prompts: int = 160
+    prompt_tokens: int = 96
+    answer_tokens: int = 32
+    residencies: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0)
+    seeds: int = 3
+    timed_prompts: int = 4
+    repeats: int = 5
+    out: str = ""
+
+
+class Full(NamedTuple):
+    """What the full model says of a judged request.
+
+    Attributes:
+        ids_T: The prompt and the greedy answer, all of which is read but the last.
+        start: The prompt's length.
+        logprobs_TV: float32, of the token after each that is read.
+        use_LE: float32, share of the read tokens that used each expert.
+    """
+
+    ids_T: Tensor
+    start: int
+    logprobs_TV: Tensor
+    use_LE: Tensor
+
+
+class Quality(NamedTuple):
+    """Of one request under restricted routing; see the module's docstring.
+
+    Attributes:
+        agreement: Share of the answer's tokens.
+        kl_nats: Mean of its positions.
+        text_nats: Summed over the prompt's tokens but the first.
+        num_text: How many those are.
+    """
+
+    agreement: float
+    kl_nats: float
+    text_nats: float
+    num_text: int
+
+
+def read_prompts(options: Options, tokenizer: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Token ids of the prompts of fit topics, and of those of test topics."""
+    source: PromptSource = (
+        Stdlib(num_prompts=options.num_prompts)
+        if options.prompts == "stdlib"
+        else SharedPrompts(name=options.prompts, num_prompts=options.num_prompts)
+    )
+    listed = list(source.prompts())
+    split = split_by_topic({prompt.request_id: prompt.topic for prompt in listed})
+    found: dict[str, list[Tensor]] = {"fit": [], "val": [], "test": []}
+    for prompt in listed:
+        ids = tokenizer(prompt.text).input_ids[: options.prompt_tokens]
+        if len(ids) > 1:
+            found[split[prompt.request_id]].append(torch.tensor(ids))
+    return found["fit"], found["test"]
+
+
+def use_of(ids_TLK: Tensor, spec: MoESpec) -> Tensor:
+    """float32 [L, E], the share of the tokens that used each expert."""
+    return F.one_hot(ids_TLK.long(), spec.num_experts).sum(dim=2).float().mean(dim=0)
+
+
+@torch.inference_mode()
+def logprobs_of(model: Any, ids_T: Tensor) -> Tensor:
+    """float32 [T, V], of the token after each."""
+    logprobs_TV: Tensor = model(ids_T[None], use_cache=False).logits[0].float().log_softmax(-1)
+    return logprobs_TV
+
+
+@torch.inference_mode()
+def answered(model: Any, prompt_ids_T: Tensor, num_tokens: int) -> Tensor:
+    """A prompt and its greedy answer of exactly so many tokens."""
+    ids_1T: Tensor = model.generate(
+        prompt_ids_T[None],
+        attention_mask=torch.ones_like(prompt_ids_T)[None],
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    return ids_1T[0]
+
+
+def say_all(model: Any, prompts: Sequence[Tensor], spec: MoESpec, num_tokens: int) -> list[Full]:
+    """What the full model says of each request."""
+    said = []
+    for prompt_ids_T in prompts:
+        ids_T = answered(model, prompt_ids_T, num_tokens)
+        with RouterRecorder(model, keep_router_probs=False) as tap:
+            logprobs_TV = logprobs_of(model, ids_T[:-1])
+            use_LE = use_of(tap.take().ids_NLK, spec)
+        said.append(Full(ids_T, len(prompt_ids_T), logprobs_TV, use_LE))
+    return said
+
+
+def judge(model: Any, full: Full) -> Quality:
+    """How a restricted model does on a request."""
+    logprobs_TV = logprobs_of(model, full.ids_T[:-1])
+    return compare(full, logprobs_TV)
+
+
+def compare(full: Full, logprobs_TV: Tensor) -> Quality:
+    """Quality of what another model says at the same positions, float32 [T, V]."""
+    answer = slice(full.start - 1, None)  # the prompt's last token says the answer's first
+    own_TV, other_TV = full.logprobs_TV[answer], logprobs_TV[answer]
+    kl_T = (own_TV.exp() * (own_TV - other_TV)).sum(dim=-1)
+    text_T = full.ids_T[1 : full.start]
+    nats_T = -logprobs_TV[: full.start - 1].gather(-1, text_T[:, None])
+    return Quality(
+        agreement=float((own_TV.argmax(-1) == other_TV.argmax(-1)).float().mean()),
+        kl_nats=float(kl_T.mean()),
+        text_nats=float(nats_T.sum()),
+        num_text=len(text_T),
+    )
+
+
+def summed_up(found: Sequence[Quality]) -> dict[str, float]:
+    """Means over requests, with the standard error of the agreement's."""
+    agreements = [one.agreement for one in found]
+    error = np.std(agreements, ddof=1) / math.sqrt(len(found)) if len(found) > 1 else 0.0
+    nats = sum(one.text_nats for one in found) / sum(one.num_text for one in found)
+    return {
+        "agreement": float(np.mean(agreements)),
+        "agreement_se": float(error),
+        "kl_nats": float(np.mean([one.kl_nats for one in found])),
+        "perplexity": math.exp(nats),
+    }
+
+
+def tokens_per_s(model: Any, prompts: Sequence[Tensor], num_tokens: int) -> float:
+    """Answer tokens a second, one request after the other."""
+    started_s = time.perf_counter()
+    for prompt_ids_T in prompts:
+        answered(model, prompt_ids_T, num_tokens)
+    return len(prompts) * num_tokens / (time.perf_counter() - started_s)
+
+
+def measure_quality(
+    model: Any, slots: int, popular_LE: Tensor, judged: Sequence[Full], *, seeds: int, store: str
+) -> dict[str, Any]:
+    """Quality with each choice of residents, and the share of routes that had to change."""
+    quality: dict[str, Any] = {}
+    with attach(
+        model,
+        mode="resident_only",
+        slots=slots,
+        resident_scores_LE=popular_LE,
+        store_dir=store,
+    ) as offload:
+        quality["popular"] = summed_up([judge(model, full) for full in judged])
+        stats = offload.stats()
+        quality["popular"]["rerouted"] = stats.rerouted / stats.routed
+        drawn = []
+        for seed in range(seeds):
+            generator = torch.Generator().manual_seed(seed)
+            offload.keep_resident(torch.rand(popular_LE.shape, generator=generator))
+            drawn.append(summed_up([judge(model, full) for full in judged]))
+        quality["random"] = {key: spread([one[key] for one in drawn]) for key in drawn[0]}
+        own = []
+        for full in judged:
+            offload.keep_resident(full.use_LE)
+            own.append(judge(model, full))
+        quality["own"] = summed_up(own)
+        assert offload.stats().misses == 0  # whatever was loaded was loaded between requests
+    return quality
+
+
+def measure_speed(
+    model: Any,
+    slots: int,
+    popular_LE: Tensor,
+    prompts: Sequence[Tensor],
+    options: Options,
+    store: str,
+) -> dict[str, Any]:
+    """Answer tokens a second of three ways to serve, in turns."""
+    num_experts = popular_LE.shape[1]
+    ways: dict[str, dict[str, Any]] = {
+        "resident_only": {
+            "mode": "resident_only",
+            "slots": slots,
+            "resident_scores_LE": popular_LE,
+        },
+        "exact": {"policy": "lru", "slots": slots},
+        "all_resident": {"policy": "lru", "slots": num_experts},
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, how in ways.items():
+            with attach(model, store_dir=store, **how):
+                answered(model, prompts[0], options.answer_tokens)  # warms caches and allocator
+                speeds[name].append(tokens_per_s(model, prompts, options.answer_tokens))
+    return {name: spread(found) for name, found in speeds.items()}
+
+
+def run(options: Options) -> dict[str, Any]:
+    """The full model's own figures, and a row for each residency."""
+    model, tokenizer = load_model(options.model, dtype="float32")
+    spec = spec_of(model, model_id=options.model)
+    fit_prompts, test_prompts = read_prompts(options, tokenizer)
+    with RouterRecorder(model, keep_router_probs=False) as tap:
+        for ids_T in fit_prompts:
+            logprobs_of(model, ids_T)
+        popular_LE = use_of(tap.take().ids_NLK, spec)
+    judged = say_all(model, test_prompts, spec, options.answer_tokens)
+    expert_bytes = sum(moe.expert_bytes for moe in moe_layers(model))  # one of each layer
+    model_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    rows = []
+    with tempfile.TemporaryDirectory() as store:
+        for residency in options.residencies:
+            slots = slots_at(residency, spec)
+            saved_bytes = (spec.num_experts - slots) * expert_bytes
+            rows.append(
+                {
+                    "mode": "resident_only",
+                    "residency": residency,
+                    "slots": slots,
+                    "saved_bytes": saved_bytes,
+                    "saved_of_experts": 1 - slots / spec.num_experts,
+                    "saved_of_model": saved_bytes / model_bytes,
+                    "quality": measure_quality(
+                        model, slots, popular_LE, judged, seeds=options.seeds, store=store
+                    ),
+                    "tokens_per_s": measure_speed(
+                        model,
+                        slots,
+                        popular_LE,
+                        test_prompts[: options.timed_prompts],
+                        options,
+                        store,
+                    ),
+                }
+            )
+    full = summed_up([compare(full, full.logprobs_TV) for full in judged])
+    return {
+        "model": spec.describe(),
+        "num_fit_prompts": len(fit_prompts),
+        "num_judged": len(judged),
+        "num_judged_tokens": len(judged) * options.answer_tokens,
+        "full_perplexity": full["perplexity"],
+        "rows": rows,
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run, print a table and the JSON line."""
+    torch.set_num_threads(1)
+    options = parse_options(Options, arguments)
+    result = run(options)
+    table = []
+    for row in result["rows"]:
+        popular, random = row["quality"]["popular"], row["quality"]["random"]
+        own, speed = row["quality"]["own"], row["tokens_per_s"]
+        table.append(
+            [
+                f"{row['residency']:.0%} ({row['slots']})",
+                f"{row['saved_bytes'] / 1e6:.1f} ({row['saved_of_model']:.0%})",
+                f"{popular['rerouted']:.1%}",
+                f"{popular['agreement']:.1%} ±{popular['agreement_se']:.1%}",
+                f"{popular['kl_nats']:.3f}",
+                f"{popular['perplexity']:.1f}",
+                f"{random['agreement']['median']:.1%}, {random['perplexity']['median']:.1f}",
+                f"{own['agreement']:.1%}, {own['perplexity']:.1f}",
+                " / ".join(f"{found['median']:.0f}" for found in speed.values()),
+            ]
+        )
+    header = [
+        "resident (slots)",
+        "MB saved (of model)",
+        "rerouted",
+        "agreement",
+        "KL",
+        "perplexity",
+        "random: agr., ppl",
+        "own: agr., ppl",
+        "tok/s lossy/exact/all",
+    ]
+    print(f"{result['model']}; full model's perplexity {result['full_perplexity']:.1f}")
+    print(format_table(header, table))
+    record(
+        "resident_only",
+        {"options": as_json(options), **result},
+        out=Path(options.out) if options.out else None,
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
