@@ -1,7 +1,7 @@
 """eMoE's lossy mode: memory, speed and quality together, at several shares of resident experts.
 
     python -m benchmarks.resident_only                               # the embedded model, one core
-    python -m benchmarks.resident_only prompts=self_instruct         # a set of the data folder
+    python -m benchmarks.resident_only prompts=seed_tasks            # a set of the data folder
 
 Quality, against the same model with all of its experts, on prompts of topics that nothing was
 fitted on:

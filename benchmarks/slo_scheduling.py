@@ -17,8 +17,9 @@ would give. A request counts as kept if first token and pace are both in time; v
 not, whatever the scheduler does, as the lowest load shows.
 
 Schedulers: first in, first out; shortest job first, by true lengths; earliest first-token deadline
-first; and `runtime.scheduler.SloScheduler`. Each seed is another window of the trace and other
-tasks, the same for all schedulers. Ends with one line of JSON.
+first; and `runtime.scheduler.SloScheduler`, also without its bound on overtaking, which tells what
+not to starve anybody costs. Each seed is another window of the trace and other tasks, the same for
+all schedulers. Ends with one line of JSON.
 """
 
 import sys
@@ -236,12 +237,15 @@ def _pass(running: Sequence[Served], costs: StepCosts) -> float:
 
 
 def schedulers(options: Options, jobs: Sequence[Job]) -> dict[str, AdmitFn]:
-    """By name. All but "slo, mean lengths" know nothing of answers' lengths, or the truth."""
-    slo = SloScheduler(
-        costs=options.costs,
-        max_batch=options.max_batch,
-        max_tokens=options.max_tokens or float("inf"),
-        max_overtaken=options.max_overtaken,
+    """By name, which says what is known of answers' lengths, if anything."""
+    slo, unbounded = (
+        SloScheduler(
+            costs=options.costs,
+            max_batch=options.max_batch,
+            max_tokens=options.max_tokens or float("inf"),
+            max_overtaken=max_overtaken,
+        )
+        for max_overtaken in (options.max_overtaken, len(jobs))
     )
     true_tokens = {job.request.name: job.answer_tokens for job in jobs}
 
@@ -283,6 +287,7 @@ def schedulers(options: Options, jobs: Sequence[Job]) -> dict[str, AdmitFn]:
         "deadline first": by(lambda request: request.arrival_s + request.ttft_s),
         "slo, mean lengths": lambda moment: slo.admit(**moment._asdict()),
         "slo, true lengths": slo_by_truth,
+        "slo, mean lengths, no bound": lambda moment: unbounded.admit(**moment._asdict()),
     }
 
 
