@@ -311,17 +311,27 @@ class GpuExperts:
     def _watch(self, model: Any) -> None:
         """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step.
 
-        The lane is told by the model's own hook, which runs before a replay, too.
+        The model's own hook runs before a replay, too, and before who is given embeddings.
         """
-        if (lane := self.lane) is not None:
-            self._hooks.append(model.register_forward_pre_hook(lambda *_: lane.begin_pass()))
-        if self.prefetcher is None:
+
+        def begin(*_: Any) -> None:
+            self._has_begun = False  # a pass might have been broken off
+            if self.lane is not None:
+                self.lane.begin_pass()
+
+        def embed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            ids_BT = args[0] if args else next(iter(kwargs.values()))
+            self.begin_pass(ids_BT.numel())
+
+        if self.lane is None and self.prefetcher is None:
             return
-        embedding = model.get_input_embeddings()
-        self._hooks += [
-            embedding.register_forward_pre_hook(lambda _, args: self.begin_pass(args[0].numel())),
-            model.register_forward_hook(lambda *_: self.after_pass()),
-        ]
+        self._hooks.append(model.register_forward_pre_hook(begin))
+        if self.prefetcher is not None:
+            embedding = model.get_input_embeddings()
+            self._hooks += [
+                embedding.register_forward_pre_hook(embed, with_kwargs=True),
+                model.register_forward_hook(lambda *_: self.after_pass()),
+            ]
 
     @property
     def _reads_forecasts(self) -> bool:

@@ -1,6 +1,7 @@
 """Prefetching between layers: the same bits, fewer misses, nothing lost that is worth more."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,54 @@ def test_a_prompt_in_between_joins_what_is_under_way() -> None:
 def test_nothing_is_prefetched_where_all_is_resident_or_home_cannot_be_read() -> None:
     assert experts(source=Scripted(3, 8), slots=8).prefetcher is None
     assert experts(source=None).prefetcher is None
+
+
+def served_by(model: Any) -> GpuExperts:
+    layers, spec = moe_layers(model), spec_of(model)
+    return GpuExperts.build(
+        model=model,
+        layers=layers,
+        spec=spec,
+        slots=(4,) * spec.num_layers,
+        policy=make_policy("lru"),
+        device=torch.device(KERNEL_DEVICE),
+        prefetch_by=Scripted(spec.num_layers, spec.num_experts),
+        prefetch=options(),
+    )
+
+
+def test_a_pass_begins_whether_the_embedding_is_called_by_name_or_by_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model: Any = tiny_model("mixtral", intermediate_size=NEURONS)
+    backend = served_by(model)
+    begun: list[int] = []
+    monkeypatch.setattr(backend, "begin_pass", begun.append)
+    embed, ids_1T = model.get_input_embeddings(), torch.tensor([[1, 2, 3]], device=KERNEL_DEVICE)
+    assert torch.equal(embed(ids_1T), embed(input=ids_1T))
+    assert begun == [3, 3]
+    backend.restore()
+
+
+def test_a_pass_that_broke_off_before_layer_0_takes_no_step_from_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The next is given embeddings, so that only the model's own hook says that it begins."""
+    model: Any = tiny_model("mixtral", intermediate_size=NEURONS)
+    backend = served_by(model)
+    advance, advanced = backend._advance, []
+    monkeypatch.setattr(backend, "_advance", lambda: (advanced.append(True), advance()))
+    embed, ids_11 = model.get_input_embeddings(), torch.tensor([[1]], device=KERNEL_DEVICE)
+    layers, spec = moe_layers(model), spec_of(model)
+    with Offload(
+        layers=layers, spec=spec, slots=(4,) * spec.num_layers, backend=backend
+    ) as offload:
+        offload._install()
+        with torch.no_grad():
+            embeds_11D = embed(ids_11)  # as in a pass whose attention then raises
+            assert len(advanced) == 1
+            model(inputs_embeds=embeds_11D)
+        assert len(advanced) == 2
 
 
 @pytest.mark.parametrize("layer", [None, 1])
