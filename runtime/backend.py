@@ -65,6 +65,8 @@ class OffloadStats:
         forecasts_used: Forward passes that had a forecast to go by.
         forecast_age_tokens: Summed over those: tokens of each request that were fed since the last
             one that the forecast knew. 0 but for predictors on a thread of their own.
+        passes_shed: Forward passes that such a predictor was not shown, because too many waited.
+        passes_stale: Those that it was not shown because their request was over by then.
     """
 
     hits: int
@@ -91,6 +93,8 @@ class OffloadStats:
     predictor_forgets: bool = False
     forecasts_used: int = 0
     forecast_age_tokens: int = 0
+    passes_shed: int = 0
+    passes_stale: int = 0
 
     @property
     def hit_ratio(self) -> float:

@@ -94,6 +94,15 @@ class HostForecasts(DevicePasses):
 
     def remove(self) -> None:
         """As `DevicePasses.remove`; ends the thread, which may finish what it searches."""
+        if self._handles:  # the first call
+            logger.info(
+                "Of %d passes that were put before the predictor, it was shown %d; %d were too "
+                "late for their request, and %d more were never put before it",
+                self.num_published,
+                self.num_shown,
+                self.num_stale,
+                self.num_shed,
+            )
         super().remove()
         if self._thread.is_alive():
             self._news.put(None)
@@ -108,6 +117,12 @@ class HostForecasts(DevicePasses):
             self._publish(now, None if self._has_shed else last)
             self._has_shed = False
         else:
+            if not self.num_shed:
+                logger.warning(
+                    "The predictor does not keep up: %d passes wait, and further ones are not "
+                    "shown to it until it has caught up",
+                    self._max_backlog,
+                )
             self._has_shed = True
             self.num_shed += 1
         if self._inbox.take():

@@ -14,6 +14,7 @@ from predictors.base import Predictor
 from runtime.backend import Backend, OffloadStats
 from runtime.device_passes import DevicePasses
 from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
+from runtime.host_forecasts import HostForecasts
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 
@@ -68,6 +69,8 @@ class ServedPredictor:
 
     def add_to(self, stats: OffloadStats) -> OffloadStats:
         """The same figures, with those of the forecasts."""
+        observer = self.observer
+        beside = observer if isinstance(observer, HostForecasts) else None
         return dataclasses.replace(
             stats,
             predictor=self._counts.predictor,
@@ -75,6 +78,8 @@ class ServedPredictor:
             predictor_forgets=self._counts.forgets,
             forecasts_used=self._counts.used,
             forecast_age_tokens=self._counts.age_tokens,
+            passes_shed=0 if beside is None else beside.num_shed,
+            passes_stale=0 if beside is None else beside.num_stale,
         )
 
     def remove(self) -> None:

@@ -14,6 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from runtime.backend import OffloadStats
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import ExpertOffload, Generation, Outcome
 
@@ -219,6 +220,7 @@ class ExpertCollector(Collector):
         yield self._counter(
             "stall_seconds", "Seconds that computing waited for experts.", stats.stall_s
         )
+        yield from self._of_device(stats)
         if stats.predictor is not None:
             yield self._counter(
                 "forecasts_used", "Passes that had a forecast to go by.", stats.forecasts_used
@@ -228,6 +230,15 @@ class ExpertCollector(Collector):
                 "Summed over those, tokens fed since the last one that the forecast knew.",
                 stats.forecast_age_tokens,
             )
+            not_shown = CounterMetricFamily(
+                "moecast_expert_passes_not_shown",
+                "Passes that a predictor on a thread of its own was not shown: too many waited "
+                "(shed), or their request was over (stale).",
+                labels=("model_name", "reason"),
+            )
+            not_shown.add_metric([self._model_name, "shed"], stats.passes_shed)
+            not_shown.add_metric([self._model_name, "stale"], stats.passes_stale)
+            yield not_shown
             for name, text, value in (
                 (
                     "predictor_up",
@@ -246,14 +257,54 @@ class ExpertCollector(Collector):
                 gauge.add_metric([self._model_name, stats.predictor], int(value))
                 yield gauge
         if spec.expert_bytes_per_layer is not None:
-            capacity = GaugeMetricFamily(
-                "moecast_expert_cache_capacity_bytes",
-                "Memory of all slots.",
-                labels=("model_name",),
-            )
             num_bytes = zip(self._offload.slots, spec.expert_bytes_per_layer, strict=True)
-            capacity.add_metric([self._model_name], sum(slots * size for slots, size in num_bytes))
-            yield capacity
+            yield self._gauge(
+                "cache_capacity_bytes",
+                "Memory of all slots.",
+                sum(slots * size for slots, size in num_bytes),
+            )
+
+    def _of_device(self, stats: OffloadStats) -> Iterator[Metric]:
+        """How a GPU serves the experts, and each way in which it does not as fast as it could."""
+        if stats.is_pinned is None:
+            return
+        yield self._gauge(
+            "memory_pinned",
+            "1 where kernels read experts in host memory; 0 where that could not be page-locked.",
+            stats.is_pinned,
+        )
+        if stats.cpu_lane_on is not None:
+            yield self._gauge(
+                "cpu_lane_on",
+                "1 while the host computes a part of what is missing; 0 while it cannot keep up.",
+                stats.cpu_lane_on,
+            )
+        for name, text, value in (
+            ("cpu_lane_bytes", "Missing bytes that the host computed with.", stats.cpu_lane_bytes),
+            ("prefetched_bytes", "Bytes brought ahead of their use.", stats.prefetched_bytes),
+            ("wasted_bytes", "Those of them that nobody needed in time.", stats.wasted_bytes),
+            ("graph_captures", "Decode steps captured as a graph.", stats.graph_captures),
+            ("graph_replays", "Forward passes that replayed one.", stats.graph_replays),
+        ):
+            yield self._counter(name, text, value)
+        yield self._gauge(
+            "prefetch_layers_off",
+            "Layers where prefetching has lost, and is off.",
+            stats.prefetch_layers_off,
+        )
+        eager = CounterMetricFamily(
+            "moecast_expert_eager_calls",
+            "Forward passes that replayed no graph, by what kept them from it.",
+            labels=("model_name", "reason"),
+        )
+        for reason, count in stats.eager_calls.items():
+            eager.add_metric([self._model_name, reason], count)
+        yield eager
+
+    def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
+        gauge = GaugeMetricFamily(f"moecast_expert_{name}", text, labels=("model_name",))
+        gauge.add_metric([self._model_name], float(value))
+        return gauge
 
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         counter = CounterMetricFamily(f"moecast_expert_{name}", text, labels=("model_name",))

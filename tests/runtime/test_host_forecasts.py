@@ -1,5 +1,6 @@
 """A predictor on a thread of its own: whatever it does, no forward pass waits for it."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -258,21 +259,42 @@ def test_on_the_cpu_a_predictor_that_fails_is_switched_off_too(
     assert caplog.text.count("Predictor host_habit has failed and is switched off") == 1
 
 
-def test_a_backlog_is_bounded_and_what_is_shed_is_counted(model: Any, habit: HostHabit) -> None:
+def test_a_backlog_is_bounded_and_what_is_shed_is_counted(
+    model: Any, habit: HostHabit, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     habit.may_go_on.clear()
     watched = Watched(model, habit, max_backlog=2)
     model.register_forward_hook(lambda *_: asked(habit))
     generate(model)
     assert watched.forecasts.num_shed == NEW_TOKENS - 3, "one is searched for, two wait"
+    assert caplog.text.count("does not keep up: 2 passes wait") == 1
     habit.may_go_on.set()
     watched.settle()
     generate(model, [OTHER])
     watched.settle()
     watched.forecasts.remove()
+    watched.forecasts.remove()
+    num_shed = watched.forecasts.num_shed
+    assert caplog.text.count(f"and {num_shed} more were never put before it") == 1
     assert not watched.errors
     for _, token, after in habit.tokens:  # no map is shown with another token's ids
         assert token is not None
         assert after is not None
+
+
+def test_what_a_predictor_was_not_shown_stands_in_the_offloads_stats(
+    model: Any, habit: HostHabit
+) -> None:
+    with attach_as_device(model, policy="forecast", predictor=habit) as offload:
+        generate(model)
+        assert offload._predictor is not None
+        forecasts = offload._predictor.observer
+        assert isinstance(forecasts, HostForecasts)
+        settle(forecasts)
+        assert (offload.stats().passes_shed, offload.stats().passes_stale) == (0, 0)
+        forecasts.num_shed, forecasts.num_stale = 3, 5
+        assert (offload.stats().passes_shed, offload.stats().passes_stale) == (3, 5)
 
 
 def test_a_request_that_is_over_is_not_searched_for_any_more(model: Any, habit: HostHabit) -> None:

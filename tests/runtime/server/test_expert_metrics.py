@@ -1,5 +1,6 @@
 """What an offload counts is what Prometheus is shown: each figure, and each way to be slower."""
 
+import dataclasses
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry
@@ -28,6 +29,43 @@ def shown(**counted: Any) -> dict[str, float]:
             name = sample.name.removeprefix("moecast_expert_")
             found[f"{name}{{{key}}}" if key else name] = sample.value
     return found
+
+
+def test_whatever_an_offload_counts_is_shown() -> None:
+    """Each field of `OffloadStats` changes a sample: whoever adds one adds its metric."""
+    device: dict[str, Any] = {"is_pinned": True, "cpu_lane_on": True, "predictor": "p"}
+    for field in dataclasses.fields(OffloadStats):
+        changed: Any = {"eager_calls": {"labels": 3}, "predictor": None}.get(field.name, 7)
+        if field.name in ("is_pinned", "cpu_lane_on"):
+            changed = False
+        if field.name in ("predictor_failed", "predictor_forgets"):
+            changed = True
+        assert shown(**{**device, field.name: changed}) != shown(**device), field.name
+
+
+def test_a_cpu_shows_nothing_of_a_device() -> None:
+    assert set(shown()) == {
+        "cache_hits_total",
+        "cache_misses_total{reason=loaded}",
+        "cache_misses_total{reason=streamed}",
+        "cache_evictions_total",
+        "miss_bytes_total",
+        "stall_seconds_total",
+        "cache_capacity_bytes",
+    }
+
+
+def test_each_way_for_a_gpu_to_be_slower_has_a_figure() -> None:
+    found = shown(
+        is_pinned=False,
+        cpu_lane_on=False,
+        prefetch_layers_off=2,
+        eager_calls={"several tokens a row": 5, "labels": 1},
+    )
+    assert found["memory_pinned"] == found["cpu_lane_on"] == 0
+    assert found["prefetch_layers_off"] == 2
+    assert found["eager_calls_total{reason=several tokens a row}"] == 5
+    assert found["eager_calls_total{reason=labels}"] == 1
 
 
 def test_a_predictor_that_follows_no_requests_is_seen() -> None:
