@@ -62,6 +62,7 @@ class CompiledLayers:
         import torch._dynamo as dynamo  # takes a second to import: only who compiles pays for it
 
         before, started_s = _num_programs(dynamo), time.perf_counter()
+        theirs = [layer._compiled_call_impl for layer in self._layers]  # of who calls `compile`
         for layer, compiled in zip(self._layers, self._compiled, strict=True):
             layer._compiled_call_impl = compiled
         try:
@@ -73,8 +74,8 @@ class CompiledLayers:
             ):
                 yield
         finally:
-            for layer in self._layers:
-                layer._compiled_call_impl = None
+            for layer, compiled in zip(self._layers, theirs, strict=True):
+                layer._compiled_call_impl = compiled
         if (made := _num_programs(dynamo) - before) > 0:
             logger.info("Compiled %d programs in %.1f s", made, time.perf_counter() - started_s)
 

@@ -102,6 +102,17 @@ def test_only_what_is_in_use_is_compiled() -> None:
     assert all(layer._compiled_call_impl is None for layer in model.get_decoder().layers)
 
 
+def test_layers_that_somebody_else_has_compiled_stay_so() -> None:
+    model = model_of("qwen3_moe")
+    first, second = list(model.get_decoder().layers)[:2]
+    first.compile(backend="eager")
+    theirs = first._compiled_call_impl
+    with CompiledLayers(model, backend="eager").in_use():
+        assert first._compiled_call_impl is not theirs
+    assert first._compiled_call_impl is theirs
+    assert second._compiled_call_impl is None
+
+
 def test_the_compiler_does_not_look_into_what_is_kept_from_it() -> None:
     seen = []
 
