@@ -240,6 +240,7 @@ class DecodeGraph:
         text_config = self._model.config.get_text_config(decoder=True)
         if not self._kv.fits(text_config, batch_size=batch_size, max_cache_len=max_cache_len):
             self._steps.clear()  # their cache's memory goes, and theirs with it
+            self._failed.clear()  # whose addresses the next one may have
         return self._kv.take(text_config, batch_size=batch_size, max_cache_len=max_cache_len)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -279,6 +280,8 @@ class DecodeGraph:
             except RuntimeError as error:
                 # Nothing has been computed yet. A device that is broken will say so again.
                 self._steps.pop(key)
+                if len(self._failed) >= _MAX_GRAPHS:
+                    self._failed.pop(next(iter(self._failed)))
                 self._failed[key] = "a step that cannot be captured"
                 logger.warning("A decode step could not be captured: %s", error)
                 return self._forward(**inputs, past_key_values=cache)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
+from runtime import decode_graph
 from runtime.backend import OffloadStats
 from runtime.decode_graph import DecodeGraph
 from tests.families import FAMILIES, tiny_model
@@ -229,6 +230,29 @@ def test_a_step_that_waits_for_the_host_runs_uncaptured(
     assert stats.eager_calls["a step that cannot be captured"] == REPLAYS
     assert stats.graph_replays == 0
     assert caplog.text.count("could not be captured") == 1
+
+
+def test_of_steps_that_cannot_be_captured_few_are_kept_and_none_over_memory_that_is_gone(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are known by addresses, which another KV cache may be given later."""
+
+    def read(module: nn.Module, args: Any, output: Tensor) -> None:
+        assert output.abs().max().item() > 0
+
+    monkeypatch.setattr(decode_graph, "_MAX_GRAPHS", 2)
+    model.model.norm.register_forward_hook(read)
+    with replaying(model) as graph:
+        for rows in ([PROMPT], [PROMPT] * 2, [PROMPT]):
+            generate(model, rows)
+            assert len(graph._failed) == 1
+        graph._failed.clear()
+        caches = [StaticCache(config=model.config, max_cache_len=32) for _ in range(4)]
+        for cache in caches:
+            generate(model, past_key_values=cache)
+        assert len(graph._failed) == 2
+        num_eager = stats_of(graph).eager_calls["a step that cannot be captured"]
+    assert num_eager == 7 * REPLAYS
 
 
 def test_removing_leaves_the_model_as_it_was(model: Any) -> None:
