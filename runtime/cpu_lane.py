@@ -79,6 +79,7 @@ class CpuLane:
 
     Raises:
         LaneUnavailableError: No C compiler, or experts that the lane cannot compute.
+        ValueError: ``num_threads`` is below 1.
     """
 
     def __init__(
@@ -98,9 +99,11 @@ class CpuLane:
                 f"{str(layout.dtype).removeprefix('torch.')} ones of {layout.hidden_size}"
             )
         cores = sorted(os.sched_getaffinity(0))
-        self.num_threads = num_threads or max(1, min(len(cores) - 1, _MAX_THREADS))
-        if self.num_threads < 1:
+        if num_threads is None:
+            num_threads = max(1, min(len(cores) - 1, _MAX_THREADS))
+        if num_threads < 1:
             raise ValueError(f"num_threads={num_threads}: must be at least 1")
+        self.num_threads = num_threads
         self._layout, (L, E) = layout, home_address_LE.shape
         is_gpu = device.type == "cuda"
         self.mailbox = Mailbox.empty(

@@ -106,6 +106,12 @@ def test_every_form_of_expert(kind: str, has_gate: bool, has_bias: bool) -> None
         host.lane.close()
 
 
+@pytest.mark.parametrize("num_threads", [0, -1])
+def test_no_threads_are_refused(num_threads: int) -> None:
+    with pytest.raises(ValueError, match=f"num_threads={num_threads}: must be at least 1"):
+        Host(num_threads=num_threads)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 5])
 def test_each_neuron_is_computed_once_by_however_many_threads(num_threads: int) -> None:
     """With experts of ones, each neuron adds exactly the same to every number."""
