@@ -53,7 +53,7 @@ class PinnedStore:
         self._locked: list[int] = []
         # Pages that are still locked when they are unmapped cannot be locked again: the finalizer
         # holds the memory until it has unlocked it, closed or not.
-        self._unlock = weakref.finalize(self, _unlock, self._locked, self.records_LEP)
+        self._unlock = weakref.finalize(self, _unlock, self._locked, self.records_LEP, device)
 
     @classmethod
     def take(cls, layers: Sequence[MoELayer], device: torch.device) -> Self:
@@ -148,9 +148,17 @@ class PinnedStore:
         self._unlock()
 
 
-def _unlock(locked: list[int], records_LEP: list[Tensor]) -> None:
-    for address in locked:
-        _cudart().cudaHostUnregister(address)
+def _unlock(locked: list[int], records_LEP: list[Tensor], device: torch.device) -> None:
+    errors = [error for a in locked if int(error := _cudart().cudaHostUnregister(a))]
+    if errors:
+        _forget_error(device)
+        logger.warning(
+            "%d of %d layers could not be unlocked (%s): memory at their addresses cannot be "
+            "page-locked again by this process",
+            len(errors),
+            len(locked),
+            errors[0],
+        )
     locked.clear()
     records_LEP.clear()
 

@@ -25,6 +25,7 @@ class FakeCudart:
         self.locked: dict[int, set[int]] = {}
         self.calls = 0
         self._limit = limit
+        self.unlock_error = 0
         self.on_unlock: Callable[[], object] = lambda: None
 
     def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
@@ -40,7 +41,7 @@ class FakeCudart:
     def cudaHostUnregister(self, address: int) -> int:
         self.on_unlock()
         del self.locked[address]
-        return 0
+        return self.unlock_error
 
 
 @pytest.fixture
@@ -115,6 +116,17 @@ def test_a_refusal_is_said_once_and_what_was_locked_is_unlocked(
     assert len(store.records_LEP) == 5
     store.close()
     assert not cudart.locked
+
+
+def test_pages_that_cannot_be_unlocked_are_said_once(
+    cudart: FakeCudart, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = small_store(3)
+    cudart.unlock_error = 713  # not registered
+    store.close()
+    store.close()
+    assert not cudart.locked, "the others are tried all the same"
+    assert caplog.text.count("3 of 3 layers could not be unlocked (713)") == 1
 
 
 def test_a_failure_half_way_gives_back_what_was_taken(monkeypatch: pytest.MonkeyPatch) -> None:
