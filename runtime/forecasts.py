@@ -105,10 +105,16 @@ def make_observer(
         "on_pass": counts.count,
         "on_failure": on_failure,
     }
-    if predictor.graph_module(batch_size=1) is None:
+    with torch.inference_mode(False):  # whose tensors could be changed nowhere else
+        module = predictor.graph_module(batch_size=1)
+    if module is None:
         return HostForecasts(**common)
     inside = GraphForecasts(
-        **common, on_later=keep_layer, later_use=backend.later_use, on_change=on_change
+        **common,
+        module=module,
+        on_later=keep_layer,
+        later_use=backend.later_use,
+        on_change=on_change,
     )
     counts.forgets = inside.forgets
     return inside

@@ -62,6 +62,7 @@ class GraphForecasts(DevicePasses):
         model: The model whose forward passes are observed.
         layers: Its MoE layers.
         predictor: A fitted predictor with a `Predictor.graph_module`.
+        module: That of one row, made outside of inference mode; moved to ``device``.
         device: Where the model runs.
         on_forecast: Called where a pass begins with the forecast for it.
         on_later: Called with a layer and the use of its experts after the tokens that it has just
@@ -77,8 +78,6 @@ class GraphForecasts(DevicePasses):
         forgets: On a host the predictor would go by finished requests, too. Here nobody shows it
             any: whole requests never leave the device.
 
-    Raises:
-        ValueError: The predictor cannot run inside a graph.
     """
 
     maps_of_steps = False
@@ -89,6 +88,7 @@ class GraphForecasts(DevicePasses):
         model: nn.Module,
         layers: Sequence[MoELayer],
         predictor: Predictor,
+        module: GraphPredictor,
         device: torch.device,
         on_forecast: Callable[[Forecast], None],
         on_later: Callable[[int, Tensor], None],
@@ -111,9 +111,9 @@ class GraphForecasts(DevicePasses):
         self._batch: _Batch | None = None
         self._rows: list[_Row] = []
         self._device = device
-        self._batch_of(1)
+        self._batches[1] = self._new_batch(module, 1)
         super().__init__(model=model, layers=layers, device=device, on_failure=on_failure)
-        self._most_tokens = self._batch_of(1).module.prompt_tokens
+        self._most_tokens = module.prompt_tokens
 
     def remove(self) -> None:
         """As `DevicePasses.remove`; frees the modules."""
@@ -131,13 +131,15 @@ class GraphForecasts(DevicePasses):
                 logger.info("Capture steps anew: %d rows were not seen for long", unused)
                 self._batches.pop(unused)
                 self._on_change()
-            batch = self._new_batch(num_rows)
+            with torch.inference_mode(False):
+                module = graph_module(self._predictor, num_rows)
+            batch = self._new_batch(module, num_rows)
         self._batches[num_rows] = batch
         return batch
 
-    def _new_batch(self, num_rows: int) -> _Batch:
+    def _new_batch(self, module: GraphPredictor, num_rows: int) -> _Batch:
         with torch.inference_mode(False):
-            module = graph_module(self._predictor, num_rows).to(self._device)
+            module.to(self._device)
             for other in self._batches.values():
                 share_constants(module, other.module)
                 break  # which shares them with the others
@@ -264,7 +266,11 @@ def share_constants(module: GraphPredictor, owner: GraphPredictor) -> None:
 
 
 def device_bytes(predictor: Predictor) -> int:
-    """What `GraphForecasts` of one request takes on a device; 0 for who runs on the host."""
+    """What `GraphForecasts` of one request takes on a device; 0 for who runs on the host.
+
+    Makes a module to count, on the host, and drops it: the plan of memory comes before anything is
+    taken from the device, and is made once for a model.
+    """
     module = predictor.graph_module(batch_size=1)
     if module is None:
         return 0

@@ -22,7 +22,7 @@ from runtime.decode_graph import DecodeGraph
 from runtime.engine import Offload, attach
 from runtime.forecasts import FALLBACK_POLICY
 from runtime.gpu_experts import GpuExperts
-from runtime.graph_forecasts import GraphForecasts, device_bytes
+from runtime.graph_forecasts import GraphForecasts, device_bytes, graph_module
 from runtime.simulate import replay_log
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, tiny_model
@@ -86,6 +86,7 @@ class Replayed:
             model=model,
             layers=self.layers,
             predictor=predictor,
+            module=graph_module(predictor, 1),
             device=torch.device("cpu"),
             on_forecast=self._hear,
             on_later=self._hear_later,
@@ -388,6 +389,24 @@ def test_who_cannot_follow_finished_requests_inside_a_graph_says_so(
         generate(model)
         assert offload.stats().predictor_forgets is forgets
     assert caplog.text.count("does not follow finished requests") == int(forgets)
+
+
+def test_one_module_is_made_for_each_batch_size(
+    model: Any, habit: Habit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    make = habit.graph_module
+
+    def counted(*, batch_size: int, **options: Any) -> GraphPredictor:
+        made.append(batch_size)
+        return make(batch_size=batch_size)
+
+    monkeypatch.setattr(habit, "graph_module", counted)
+    with attach_as_device(model, policy="forecast", predictor=habit, graph=True):
+        assert made == [1]
+        for rows in ([PROMPT], [PROMPT, OTHER], [PROMPT]):
+            generate(model, rows, num_new=3)
+    assert made == [1, 2]
 
 
 def test_what_it_takes_of_the_device_is_counted(forecaster: Forecaster) -> None:
