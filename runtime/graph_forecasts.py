@@ -11,6 +11,12 @@ addresses; what is the same for all of them is held once, and only the latest fe
 kept. A pass of several tokens that goes on with a request (a chat's
 next turn over the same KV cache) is taken as a new prompt: modules can only begin with one.
 
+Deviation: of a prompt's tokens, the last one included, what is told are the K experts of the
+greatest probability; of steps, those that ran. They differ where a router chooses by more than its
+probabilities (a bias that balances load, groups of experts: DeepSeek-V3), and there the first
+forecasts of an answer go by other experts than later ones. `Predictor.walk` takes one or the other
+throughout: the greatest where a trace holds whole distributions, and else those that ran.
+
 Shape letters: B requests · T tokens of a prompt · L MoE layers · E experts per layer · K experts
 per token.
 """
