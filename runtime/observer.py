@@ -53,7 +53,9 @@ class Observer:
             routed, float32 [E], where the predictor says it (`Predictor.on_routed`).
         on_ahead: Called with a layer that has just routed and what the pass's tokens will use in
             the next ones, float32 [T, H, E], rows of the batch one after the other, where the
-            predictor says it (`Predictor.on_layer`). Without it the predictor is not asked.
+            predictor says it (`Predictor.on_layer`). Without it the predictor is not asked. No
+            backend asks for it so far: it is for who watches a running model's forecasts, and by it
+            a test holds `Predictor.walk_layers` to what is said live.
     """
 
     def __init__(

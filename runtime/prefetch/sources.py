@@ -71,6 +71,10 @@ class NextRouters:
     says are no probabilities of use, but what is nearest to them without calibration, as there:
     K times the router's probability, at most 1. An expert that any token needs is needed.
 
+    `runtime.engine.attach` prefetches nothing between layers, so nothing is served with it: it is
+    for who builds a `GpuExperts` with ``prefetch_by``. It needs no fit; tests see by it that a
+    whole model which is fetched for says the same.
+
     Args:
         routers: Of the model that is served.
         top_k: K.
