@@ -6,7 +6,8 @@ and answered whole or as a stream; however that ends, its place is free again.
 
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from runtime.server.forms import Form
 from runtime.server.generation import GenerationEngine
 from runtime.server.logprobs import LogprobTexts
 from runtime.server.options import Limits
+from runtime.server.prompts import longest_token
 from runtime.server.sequence import (
     ContextLengthError,
     EngineUnavailableError,
@@ -47,6 +49,7 @@ class Front:
         model_name: As given.
         created: When the server began, in seconds since the epoch.
         texts: Writes the engine's tokens.
+        max_characters: Longer texts have more tokens than the context.
     """
 
     def __init__(self, engine: GenerationEngine, *, model_name: str, limits: Limits) -> None:
@@ -54,6 +57,7 @@ class Front:
         self.model_name = model_name
         self.created = int(time.time())
         self.texts = LogprobTexts(engine.tokenizer)
+        self.max_characters = engine.max_context_tokens * longest_token(engine.tokenizer)
         self._limits = limits
         self._num_open = 0
 
@@ -123,6 +127,15 @@ class Front:
         if whole is None:
             return Response(status_code=_CLIENT_GONE)
         return Response(whole.model_dump_json(), media_type="application/json")
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """A place among the open requests for as long as this lasts; APIError if there is none."""
+        self._take_place()
+        try:
+            yield
+        finally:
+            self._give_place_back()
 
     def _take_place(self) -> None:
         if self._num_open >= self._limits.max_requests:

@@ -9,7 +9,7 @@ from runtime.server.forms import ChatForm, CompletionForm
 from runtime.server.front import Front
 from runtime.server.objects import ChatCompletion, Completion
 from runtime.server.openapi import errors_of
-from runtime.server.prompts import chat_requests, completion_requests, longest_token
+from runtime.server.prompts import chat_requests, completion_requests
 from runtime.server.protocol import ChatCompletionBody, CompletionBody, StreamOptions
 from runtime.server.responses import Response as ResponseObject
 from runtime.server.responses import ResponsesBody
@@ -25,7 +25,7 @@ def generation_routes(front: Front) -> APIRouter:
     tokenizer = front.engine.tokenizer
     encoding: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "max_characters": front.engine.max_context_tokens * longest_token(tokenizer),
+        "max_characters": front.max_characters,
     }
 
     @router.post(

@@ -98,12 +98,15 @@ def operation_routes(front: Front, metrics: ServerMetrics, *, version: str) -> A
         front.check_model(model)
         return card
 
-    @router.post("/tokenize", responses=errors_of(400, 404, 408, 413, 500))
+    @router.post("/tokenize", responses=errors_of(400, 404, 408, 413, 429, 500))
     async def tokenize(body: TokenizeBody) -> TokenizeAnswer:
         """The token ids of a prompt, or of messages as the chat template writes them."""
         if body.model is not None:
             front.check_model(body.model)
-        ids = await run_in_threadpool(_ids_of, body, tokenizer)
+        with front.place():
+            ids = await run_in_threadpool(
+                _ids_of, body, tokenizer, max_characters=front.max_characters
+            )
         strings = tokenizer.convert_ids_to_tokens(ids) if body.return_token_strs else None
         return TokenizeAnswer(
             count=len(ids),
@@ -112,7 +115,7 @@ def operation_routes(front: Front, metrics: ServerMetrics, *, version: str) -> A
             token_strs=strings,
         )
 
-    @router.post("/detokenize", responses=errors_of(400, 404, 408, 413, 500))
+    @router.post("/detokenize", responses=errors_of(400, 404, 408, 413, 429, 500))
     async def detokenize(body: DetokenizeBody) -> DetokenizeAnswer:
         """The text of token ids, special tokens included."""
         if body.model is not None:
@@ -124,18 +127,22 @@ def operation_routes(front: Front, metrics: ServerMetrics, *, version: str) -> A
                     param="tokens",
                     code="invalid_value",
                 )
-        text = await run_in_threadpool(
-            tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False
-        )
+        with front.place():
+            text = await run_in_threadpool(
+                tokenizer.decode, body.tokens, clean_up_tokenization_spaces=False
+            )
         return DetokenizeAnswer(prompt=text)
 
     return router
 
 
-def _ids_of(body: TokenizeBody, tokenizer: Any) -> list[int]:
+def _ids_of(body: TokenizeBody, tokenizer: Any, *, max_characters: int) -> list[int]:
     if body.prompt is not None:
         return encode(
-            tokenizer, body.prompt, add_special_tokens=body.add_special_tokens is not False
+            tokenizer,
+            body.prompt,
+            add_special_tokens=body.add_special_tokens is not False,
+            max_characters=max_characters,
         )
     assert body.messages is not None
     if body.tools and (obstacle := tool_obstacle(tokenizer)):
@@ -148,4 +155,10 @@ def _ids_of(body: TokenizeBody, tokenizer: Any) -> list[int]:
         tools=body.tools,
         add_generation_prompt=body.add_generation_prompt,
     )
-    return encode(tokenizer, text, add_special_tokens=bool(body.add_special_tokens))
+    return encode(
+        tokenizer,
+        text,
+        add_special_tokens=bool(body.add_special_tokens),
+        max_characters=max_characters,
+        param="messages",
+    )

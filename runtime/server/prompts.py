@@ -209,7 +209,7 @@ def encode(
     if max_characters is not None and len(text) > max_characters:
         raise APIError(
             f"{param}: {len(text)} characters do not fit the model's context, which holds "
-            f"{max_characters} at most; /tokenize counts tokens",
+            f"{max_characters} at most",
             param=param,
             code="context_length_exceeded",
         )

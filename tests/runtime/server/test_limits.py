@@ -13,6 +13,7 @@ from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.middleware import RequestLog
 from runtime.server.options import Limits, ServerOptions
+from runtime.server.prompts import longest_token
 from tests.runtime.server.clients import NAME, chat, complete, error_of, events
 from tests.runtime.server.fakes import WAIT_S, ScriptedModel, wait_until
 
@@ -83,6 +84,36 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
         error = error_of(reply)
         assert (error["param"], error["code"]) == (param, "context_length_exceeded")
         assert "characters do not fit" in error["message"]
+
+
+def test_tokens_are_counted_of_what_may_fit_and_of_no_more(limited: Any) -> None:
+    client = limited(ScriptedModel([20]))
+    text = "x " * (client.engine.max_context_tokens * longest_token(client.engine.tokenizer))
+    messages = [{"role": "user", "content": text}]
+    for body in ({"prompt": text}, {"messages": messages}):
+        reply = client.post("/tokenize", json=body)
+        assert reply.status_code == 400
+        error = error_of(reply)
+        assert (error["param"], error["code"]) == (next(iter(body)), "context_length_exceeded")
+    # Too much for a completion can still be counted.
+    some = {"prompt": "x " * client.engine.max_context_tokens}
+    assert client.post("/tokenize", json=some).status_code == 200
+
+
+def test_counting_tokens_takes_a_place_among_the_open_requests(limited: Any) -> None:
+    model = ScriptedModel([20], permits=1)
+    client = limited(model, max_requests=1)
+    asks = (("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [20]}))
+    with ThreadPoolExecutor(1) as pool:
+        is_open = pool.submit(complete, client, max_tokens=1)
+        wait_until(lambda: client.engine.num_running == 1)
+        for path, body in asks:
+            reply = client.post(path, json=body)
+            assert (reply.status_code, error_of(reply)["code"]) == (429, "too_many_requests")
+        model.let(1)
+        assert is_open.result(WAIT_S).status_code == 200
+    for path, body in asks * 2:  # and gives it back
+        assert client.post(path, json=body).status_code == 200
 
 
 def test_an_answer_past_the_limit_is_refused_and_one_without_length_gets_it(limited: Any) -> None:
