@@ -18,16 +18,22 @@ from runtime.server.sampling import SamplingParams
 from runtime.server.sequence import Generation, GenerationRequest
 from runtime.server.single_path import SinglePath
 
+_SEVERAL = 4
 _STEPS = 6
 _WARM_UP_STEPS = 2  # the prompt, and what is allocated at the first token
 
 
 class PathTimes(NamedTuple):
-    """Seconds of a decode step: of one sequence by itself, and of one and four in a batch."""
+    """Seconds of a decode step: of one sequence by itself, and of one and several in a batch.
+
+    Attributes:
+        several: How many the several are.
+    """
 
     single_s: float
     batch_of_1_s: float
-    batch_of_4_s: float
+    batch_of_several_s: float
+    several: int
 
     @property
     def lone_runs_single(self) -> bool:
@@ -36,8 +42,8 @@ class PathTimes(NamedTuple):
 
     @property
     def batching_pays(self) -> bool:
-        """Whether four sequences are done sooner together than one after the other."""
-        return self.batch_of_4_s < 4 * min(self.single_s, self.batch_of_1_s)
+        """Whether several sequences are done sooner together than one after the other."""
+        return self.batch_of_several_s < self.several * min(self.single_s, self.batch_of_1_s)
 
     def __str__(self) -> str:
         """What was measured and what follows from it, for the log."""
@@ -45,8 +51,9 @@ class PathTimes(NamedTuple):
         lone = "by itself" if self.lone_runs_single or not self.batching_pays else "as a batch"
         return (
             f"A decode step takes {self.single_s * 1e3:.2f} ms by itself, "
-            f"{self.batch_of_1_s * 1e3:.2f} ms as a batch of 1, {self.batch_of_4_s * 1e3:.2f} ms "
-            f"as a batch of 4: sequences run {several}, one that is alone {lone}"
+            f"{self.batch_of_1_s * 1e3:.2f} ms as a batch of 1, "
+            f"{self.batch_of_several_s * 1e3:.2f} ms as a batch of {self.several}: sequences run "
+            f"{several}, one that is alone {lone}"
         )
 
 
@@ -55,6 +62,8 @@ def time_paths(
     batch: BatchedPath,
     decoding_of: Callable[[Generation], Decoding],
     forget: Callable[[Decoding], None],
+    *,
+    max_batch: int,
 ) -> PathTimes:
     """Measure both ways, neither of which may be in use; both hold no sequences afterwards.
 
@@ -63,11 +72,14 @@ def time_paths(
         batch: The way for several.
         decoding_of: Makes a sequence runnable.
         forget: Told of each sequence that was made for this.
+        max_batch: How many the batch runs at once: of more, some would wait meanwhile.
     """
+    several = min(_SEVERAL, max_batch)
     return PathTimes(
         time_single(single, decoding_of, forget),
         time_batch(batch, 1, decoding_of, forget),
-        time_batch(batch, 4, decoding_of, forget),
+        time_batch(batch, several, decoding_of, forget),
+        several,
     )
 
 

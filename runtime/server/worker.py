@@ -5,10 +5,11 @@ forward pass. Which is used:
 
 - ``single``: one sequence at a time, in order of arrival.
 - ``batched``: all sequences together.
-- ``auto``: measured at the start (`path_times`). Where a step for four sequences takes longer than
-  four steps for one (offloaded experts can make it so), as ``single``. Else together; a sequence
-  that is alone runs by itself where that is faster, and moves to the batch when others come, which
-  computes its tokens so far once more. Who asks for what a batch does not give runs by itself.
+- ``auto``: measured at the start (`path_times`). Where a step for four sequences (or the most that
+  may run, if fewer) takes longer than as many steps for one (offloaded experts can make it so), as
+  ``single``. Else together; a sequence that is alone runs by itself where that is faster, and moves
+  to the batch when others come, which computes its tokens so far once more. Who asks for what a
+  batch does not give runs by itself.
 
 Everything happens on the caller's thread. An error within a step reaches the sequences of that
 step and no other; what was in the middle of changing is built anew.
@@ -159,7 +160,13 @@ class Worker:
     def _choose_mode(self) -> None:
         if self._mode == "auto":
             batch = self._new_batch()
-            times = time_paths(self._single, batch, self._decoding_of, self._forget)
+            times = time_paths(
+                self._single,
+                batch,
+                self._decoding_of,
+                self._forget,
+                max_batch=self._max_batch,
+            )
             batch.close()
             logger.info("%s", times)
             self._lone_runs_single = times.lone_runs_single
