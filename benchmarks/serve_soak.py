@@ -16,7 +16,6 @@ Exit code 1 if an answer was wrong or lost, or if the server's memory grew by mo
 
 import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -25,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +36,7 @@ import torch
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import ROOT, record
 from benchmarks.soak_load import Ask, Outcome, plan, recorded_arrivals, replay
+from data.importers.catalog import data_dir
 from data.models import load_model
 from data.tables import format_table
 from runtime.server.generation import GenerationEngine
@@ -96,14 +97,15 @@ class Answers:
 
 def _answer(engine: GenerationEngine, ask: Ask) -> str:
     texts: list[str] = []
-    done = threading.Event()
+    done: Future[str] = Future()
 
     def sink(said: Piece | Failure) -> None:
         if isinstance(said, Failure):
-            raise said.error
+            done.set_exception(said.error)  # to be raised here: it must not be on that thread
+            return
         texts.append(said.text)
         if said.finish_reason is not None:
-            done.set()
+            done.set_result("".join(texts))
 
     sampling = SamplingParams(temperature=0.8 if ask.seed else 0.0, seed=ask.seed)
     request = GenerationRequest(
@@ -114,8 +116,7 @@ def _answer(engine: GenerationEngine, ask: Ask) -> str:
         ignore_eos=True,
     )
     engine.submit([request], sink)
-    done.wait()
-    return "".join(texts)
+    return done.result()
 
 
 class Memory:
@@ -185,11 +186,7 @@ def served(options: Options, folder: Path) -> Iterator[tuple[str, subprocess.Pop
 
 def run(options: Options) -> dict[str, Any]:
     """The whole test; what was found, as plain values."""
-    path = options.arrivals or (
-        Path(os.environ.get("MOECAST_DATA", ROOT.parent / "shared" / "data"))
-        / "arrivals"
-        / "azure_llm_2023_conv.csv.gz"
-    )
+    path = options.arrivals or data_dir() / "arrivals" / "azure_llm_2023_conv.csv.gz"
     arrivals = plan(
         recorded_arrivals(Path(path), skip_s=options.skip_s),
         duration_s=options.seconds,

@@ -11,13 +11,13 @@ import pytest
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
-from benchmarks.serve_soak import Answers, summary
+from benchmarks.serve_soak import Answers, _answer, summary
 from benchmarks.soak_load import ANSWER_TOKENS, Arrival, Ask, plan, recorded_arrivals, replay
 from data.models import load_model
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.run import bind, make_server
-from tests.runtime.server.fakes import wait_until
+from tests.runtime.server.fakes import ScriptedModel, wait_until
 
 RECORDED = [(0.1 * i, 40 + 90 * (i % 9), 30 + 40 * (i % 8)) for i in range(400)]
 Serve = Callable[[FastAPI], str]
@@ -147,3 +147,15 @@ def test_a_server_under_many_clients_loses_and_mixes_up_nothing(serve: Serve, mo
     assert outcome.answered + outcome.hung_up == len(arrivals)
     assert min(outcome.answered, outcome.hung_up) > 2  # of 24
     wait_until(lambda: engine.num_running == engine.num_waiting == 0 and engine.kv_usage == 0.0)
+
+
+def test_an_answer_that_fails_is_raised_to_who_waits_and_the_engine_goes_on() -> None:
+    _, tokenizer = load_model("tiny_moe", dtype="float32", revision=None)
+    model = ScriptedModel([20, 21], broken={1: ZeroDivisionError("no answer")})
+    engine = GenerationEngine(model=model, tokenizer=tokenizer)
+    engine.start()
+    with pytest.raises(ZeroDivisionError, match="no answer"):
+        _answer(engine, Ask((20, 30), 2, None))
+    assert _answer(engine, Ask((20, 30), 2, None))
+    assert engine.num_restarts == 0
+    engine.shutdown()
