@@ -99,9 +99,10 @@ class OverlapScheduler(FIFOScheduler):  # type: ignore[misc]
         for name in reversed(before):
             if name not in waiting:
                 num_later += 1
-                self._overtaken.pop(name, None)
             elif num_later:
                 self._overtaken[name] = self._overtaken.get(name, 0) + num_later
+        # Nor are those kept who left otherwise: they were cancelled while they waited.
+        self._overtaken = {n: count for n, count in self._overtaken.items() if n in waiting}
         return scheduled
 
     def _get_waiting_candidates(self) -> list[Any]:

@@ -13,7 +13,7 @@ from data.tiny_moe import TINY_MOE_DIR
 from predictors.base import Forecast, Request, State
 from runtime.engine import attach
 from runtime.server.generation import GenerationEngine
-from runtime.server.overlap import OVERLAP, order
+from runtime.server.overlap import OVERLAP, FIFOScheduler, OverlapScheduler, order
 from tests.fakes import ScriptedPredictor
 from tests.runtime.server.fakes import Listener, submit_one
 
@@ -67,6 +67,22 @@ def test_who_was_overtaken_often_enough_is_next() -> None:
 def test_an_order_holds_everybody_once(places: int) -> None:
     waiting = ["b1", "?1", "a1", "b2", "a2"]
     assert sorted(ordered(waiting, ["a0"], places=places)) == sorted(waiting)
+
+
+def test_who_is_cancelled_while_waiting_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = OverlapScheduler.__new__(OverlapScheduler)
+    scheduler._overtaken = {}
+    scheduler.waiting_requests_order = ["a1", "a2", "b1"]
+    monkeypatch.setattr(
+        FIFOScheduler,
+        "schedule_batch",
+        lambda self, *budgets: self.waiting_requests_order.remove("b1"),
+    )
+    scheduler.schedule_batch(1, 1)
+    assert scheduler._overtaken == {"a1": 1, "a2": 1}
+    scheduler.waiting_requests_order = ["a2", "b1"]  # the first has hung up
+    scheduler.schedule_batch(1, 1)
+    assert scheduler._overtaken == {"a2": 2}
 
 
 class ByPrompt(ScriptedPredictor):
