@@ -90,7 +90,7 @@ class TraceStoreAppender:
         return len(self._requests)
 
     def append(self, traces: Sequence[Trace]) -> None:
-        """Add a shard; after an error the store is what it was.
+        """Add a shard; after an error the store is what it was, or what it was to be.
 
         Args:
             traces: At least one, whose request ids are new.
@@ -133,7 +133,12 @@ class TraceStoreAppender:
             manifest = manifest_of(self._inputs, requests=requests, shards=shards, num_tokens=total)
             write_json(self._path / MANIFEST, manifest.model_dump(mode="json"))
         except BaseException:
-            file.unlink(missing_ok=True)
+            # What came after the manifest's rename has failed if it names the shard.
+            named = read_manifest(self._path).shards if (self._path / MANIFEST).exists() else ()
+            if all(shard.file != file.name for shard in named):
+                file.unlink(missing_ok=True)
+                raise
+            self._requests, self._shards, self._num_tokens = requests, shards, total
             raise
         self._requests, self._shards, self._num_tokens = requests, shards, total
 

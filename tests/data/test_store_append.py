@@ -74,6 +74,32 @@ def test_a_full_disk_leaves_the_store_as_it_was(
     assert ids_in(path) == ["r0", "r1"]
 
 
+def test_a_shard_that_the_manifest_names_stays_whatever_failed_after_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "store"
+    fsync_dir, synced = data.files._fsync_dir, []
+
+    def broken(folder: Path) -> None:
+        synced.append(folder)
+        if len(synced) == 2:  # the shard's was the first
+            raise OSError(errno.EIO, "Input/output error")
+        fsync_dir(folder)
+
+    with TraceStoreAppender(path, INPUTS) as appender:
+        appender.append([trace(0)])
+        with monkeypatch.context() as patch:
+            patch.setattr(data.files, "_fsync_dir", broken)
+            with pytest.raises(OSError, match="Input/output"):
+                appender.append([trace(1)])
+        assert len(appender) == 2
+        appender.append([trace(2)])
+    store = TraceStore.open(path)
+    assert ids_in(path) == ["r0", "r1", "r2"]
+    for number, mine in enumerate(store):
+        assert_same(mine, trace(number))
+
+
 def test_a_shard_that_no_manifest_names_is_removed(tmp_path: Path) -> None:
     """What a power cut between shard and manifest leaves behind."""
     path = tmp_path / "store"
