@@ -309,8 +309,7 @@ class GenerationEngine:
                         time.sleep(_NOTHING_TO_DO_S)
                 break
             except BaseException as error:  # a thread that is killed, too, shall not go silently
-                if not self._restart(error):
-                    break
+                self._restart(error)
         self._worker.close()
         self._move("stopped", among=("draining",))
 
@@ -324,8 +323,8 @@ class GenerationEngine:
             return False
         return True
 
-    def _restart(self, error: BaseException) -> bool:
-        """After the loop broke: whether it may go on."""
+    def _restart(self, error: BaseException) -> None:
+        """After the loop broke: try the model again, or give up, which those who wait are told."""
         logger.critical("The engine's loop was broken off", exc_info=error)
         cause = EngineUnavailableError(
             f"the engine was interrupted: {type(error).__name__}: {error}"
@@ -337,9 +336,8 @@ class GenerationEngine:
             logger.error("Interrupted %d times in a row: giving up", self._restarts_in_a_row)
             self._failure = error
             self._move("failed", among=("ready", "draining"))
-            return True  # those that wait are told
+            return
         self._try_out(among=("ready",))
-        return True
 
     def _admit(self) -> bool:
         """Wait for something to do and give the worker what it has room for; False at the end."""
