@@ -24,6 +24,7 @@ from torch import Tensor
 from data.adapters import MoELayer
 from data.schema import MoESpec
 from runtime.cache import Event, ExpertCache, Step
+from runtime.expert_view import ExpertView, UseCounts
 from runtime.experts import CpuExecutor, ExpertExecutor, used_experts
 from runtime.host_store import HostStore, open_store, release_experts, restore_experts
 from runtime.metrics import Counters
@@ -67,6 +68,9 @@ class OffloadStats:
             one that the forecast knew. 0 but for predictors on a thread of their own.
         passes_shed: Forward passes that such a predictor was not shown, because too many waited.
         passes_stale: Those that it was not shown because their request was over by then.
+        judged_experts: Experts used by decoded tokens of which something was forecast. None where
+            that is not compared: routing on a GPU does not pass through the host.
+        foreseen_experts: Those of them that stood among the K forecast highest in their layer.
     """
 
     hits: int
@@ -95,6 +99,8 @@ class OffloadStats:
     forecast_age_tokens: int = 0
     passes_shed: int = 0
     passes_stale: int = 0
+    judged_experts: int | None = None
+    foreseen_experts: int | None = None
 
     @property
     def hit_ratio(self) -> float:
@@ -161,6 +167,14 @@ class Backend(Protocol):
         """The counters as they are now; readable after `restore`, too."""
         ...
 
+    def view(self, *, goes_on: bool = True) -> ExpertView:
+        """The experts as they are now; call it between two passes, on the thread that runs them.
+
+        Args:
+            goes_on: Whether somebody will look again; only then each expert's use is counted.
+        """
+        ...
+
     def restore(self) -> None:
         """Put the experts back into the model, bit for bit, and free everything else."""
         ...
@@ -209,6 +223,7 @@ class CpuBackend:
         )
         self.later_use_LE = torch.zeros(spec.num_layers, spec.num_experts)
         self._counters = Counters(spec.num_layers)
+        self._uses: UseCounts | None = None  # only while somebody looks
         self._stall_s = 0.0
         self._moved = 0
         for moe in layers:
@@ -287,6 +302,7 @@ class CpuBackend:
         """As `Backend.reset`."""
         self._cache.reset()
         self._counters = Counters(self._spec.num_layers)
+        self._uses = None
         self._stall_s = 0.0
 
     def stats(self) -> OffloadStats:
@@ -301,6 +317,19 @@ class CpuBackend:
             miss_bytes=int((counters.misses_L * expert_bytes_L).sum()),
             stall_s=self._stall_s,
             moved=self._moved,
+        )
+
+    def view(self, *, goes_on: bool = True) -> ExpertView:
+        """As `Backend.view`."""
+        uses = self._uses or UseCounts(self._spec.num_layers, self._spec.num_experts)
+        self._uses = uses if goes_on else None
+        hits_LE, misses_LE = uses.take()
+        reads_forecasts = self._cache.policy.foresight != "none"
+        return ExpertView(
+            resident_LE=self._cache.usage.resident_LE.clone(),
+            expected_LE=self.later_use_LE.clone() if reads_forecasts else None,
+            hits_LE=hits_LE,
+            misses_LE=misses_LE,
         )
 
     def restore(self) -> None:
@@ -322,6 +351,8 @@ class CpuBackend:
         slot_of_E = self._load(layer, step)
         self._stall_s += time.perf_counter() - started_s
         self._counters.add(step, layer)
+        if self._uses is not None:
+            self._uses.add(step, layer)
         return {expert: slot_of_E[expert] for expert in used if slot_of_E[expert] >= 0}
 
     def _decide(self, layer: int, needed_E: Tensor) -> Step:

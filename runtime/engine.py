@@ -42,6 +42,7 @@ from runtime.backend import Backend, CpuBackend, OffloadStats
 from runtime.cache import Event
 from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, recorder_for
+from runtime.expert_view import ExpertView
 from runtime.gpu_memory import context_of
 from runtime.graph_forecasts import device_bytes
 from runtime.observer import Observer, PassRow
@@ -106,6 +107,10 @@ class Offload:
         if self._restricted is not None:
             stats = self._restricted.add_to(stats)
         return stats if self._graph is None else self._graph.add_to(stats)
+
+    def view(self, *, goes_on: bool = True) -> ExpertView:
+        """As `Backend.view`."""
+        return self._backend.view(goes_on=goes_on)
 
     def begin_request(self, *prompts: str) -> None:
         """Say that the next forward pass begins new requests, and what their prompts are.

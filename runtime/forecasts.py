@@ -39,6 +39,9 @@ class ForecastCounts:
             the forecast knew. 0 unless the predictor runs on a thread of its own.
         is_off: It has failed.
         forgets: It does without finished requests, which it would go by on a host.
+        judged_experts: Experts used by decoded tokens of which something was forecast; counted only
+            where the predictor runs in step with the model.
+        foreseen_experts: Those of them among the K forecast highest (slot recall@K is their share).
     """
 
     predictor: str
@@ -46,11 +49,18 @@ class ForecastCounts:
     age_tokens: int = 0
     is_off: bool = False
     forgets: bool = False
+    judged_experts: int = 0
+    foreseen_experts: int = 0
 
     def count(self, age_tokens: int = 0) -> None:
         """A forward pass has a forecast to go by."""
         self.used += 1
         self.age_tokens += age_tokens
+
+    def judge(self, foreseen: int, used: int) -> None:
+        """So many of the experts that a token has used were foreseen."""
+        self.foreseen_experts += foreseen
+        self.judged_experts += used
 
 
 def make_observer(
@@ -95,6 +105,7 @@ def make_observer(
             predictor=guarded,
             on_forecast=keep_now,
             on_later=keep_layer,
+            on_judged=counts.judge,
         )
     common: dict[str, Any] = {
         "model": model,

@@ -26,6 +26,7 @@ from runtime.backend import OffloadStats
 from runtime.cache import Event
 from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
 from runtime.expert_layout import ExpertLayout
+from runtime.expert_view import ExpertView
 from runtime.gpu_lane import GpuLane, LaneMode
 from runtime.gpu_memory import STAGING_BUFFERS
 from runtime.kernels.activation import Activation
@@ -367,6 +368,13 @@ class GpuExperts:
             prefetched_bytes=round(decode["prefetched_neurons"] * neuron_bytes),
             wasted_bytes=round(decode["wasted_neurons"] * neuron_bytes),
             prefetch_layers_off=len(self.prefetcher.review.layers_off) if self.prefetcher else 0,
+        )
+
+    def view(self, *, goes_on: bool = True) -> ExpertView:
+        """As `Backend.view`; kernels count by layer, so nothing is known of each expert's use."""
+        return ExpertView(
+            resident_LE=self.cache.cache.usage.resident_LE.cpu().clone(),
+            expected_LE=self.later_use_LE.cpu().clone() if self._reads_forecasts else None,
         )
 
     def restore(self) -> None:

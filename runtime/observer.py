@@ -35,6 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from data.adapters import MoELayer, router_probs_TE
 from predictors.base import Forecast, Predictor, Request
 from predictors.request_history import RequestHistory
+from runtime.expert_view import slot_recall
 from runtime.observed_request import ObservedRequest, PassRow
 
 __all__ = ["Observer", "PassRow"]
@@ -56,6 +57,8 @@ class Observer:
             predictor says it (`Predictor.on_layer`). Without it the predictor is not asked. No
             backend asks for it so far: it is for who watches a running model's forecasts, and by it
             a test holds `Predictor.walk_layers` to what is said live.
+        on_judged: Called for each decoded token that had a forecast with the two parts of its slot
+            recall (`runtime.expert_view.slot_recall`), before the next pass.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Observer:
         on_forecast: Callable[[Forecast], None],
         on_later: Callable[[int, Tensor], None] | None = None,
         on_ahead: Callable[[int, Tensor], None] | None = None,
+        on_judged: Callable[[int, int], None] | None = None,
     ) -> None:
         self._signature = inspect.signature(model.forward)
         self._history = RequestHistory()
@@ -76,6 +80,7 @@ class Observer:
         self._on_forecast = on_forecast
         self._on_later = on_later if "routed" in predictor.moments else None
         self._on_ahead = on_ahead if "layer" in predictor.moments else None
+        self._on_judged = on_judged
         self._prompts: tuple[str, ...] | None = None
         self._announced: Sequence[PassRow] | None = None
         self._named: dict[str, ObservedRequest] = {}
@@ -252,7 +257,15 @@ class Observer:
             self._rows, self._last.ids, self._last.where, self._prompt_rows, strict=True
         ):
             if ids:
+                if not is_prompt:
+                    self._judge(request, maps_TLE[where[0]])
                 request.routed(maps_TLE[where], ids, is_prompt=is_prompt)
+
+    def _judge(self, request: ObservedRequest, probs_LE: Tensor) -> None:
+        """Compare a decoded token's routing with what was forecast of it."""
+        if self._on_judged is not None and request.forecast is not None:
+            top_k = self._predictor.fitted_spec().top_k
+            self._on_judged(*slot_recall(probs_LE, request.forecast.next_LE, top_k))
 
     def _finish_rows(self) -> None:
         for request in self._rows:

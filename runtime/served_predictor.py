@@ -15,6 +15,7 @@ from runtime.backend import Backend, OffloadStats
 from runtime.device_passes import DevicePasses
 from runtime.forecasts import FALLBACK_POLICY, ForecastCounts, make_observer
 from runtime.host_forecasts import HostForecasts
+from runtime.observer import Observer
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 
@@ -71,6 +72,12 @@ class ServedPredictor:
         """The same figures, with those of the forecasts."""
         observer = self.observer
         beside = observer if isinstance(observer, HostForecasts) else None
+        if isinstance(self.observer, Observer):
+            stats = dataclasses.replace(
+                stats,
+                judged_experts=self._counts.judged_experts,
+                foreseen_experts=self._counts.foreseen_experts,
+            )
         return dataclasses.replace(
             stats,
             predictor=self._counts.predictor,

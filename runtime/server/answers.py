@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
@@ -132,28 +133,40 @@ class Answer:
             ) from None
 
 
+class EventSource(Protocol):
+    """Whatever tells events until it is closed."""
+
+    def events(self) -> AsyncGenerator[str, None]:
+        """Server-sent events."""
+        ...
+
+    def close(self) -> None:
+        """Nobody listens any more."""
+        ...
+
+
 class EventStream(StreamingResponse):
-    """Sends an answer's events, and closes it however the sending ends.
+    """Sends a source's events, and closes it however the sending ends.
 
     The generator of events cannot do that alone: if the client is gone before the first event, it
     is never begun, and so never closed.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, source: EventSource) -> None:
         super().__init__(
-            answer.events(),
+            source.events(),
             media_type="text/event-stream",
             # Proxies must not hold tokens back.
             headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
         )
-        self._answer = answer
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send (an ASGI application)."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._answer.close()
+            self._source.close()
 
 
 async def whole_unless_gone(answer: Answer, receive: Receive) -> BaseModel | None:

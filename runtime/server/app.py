@@ -11,9 +11,11 @@ from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
 
 from runtime.server import errors
+from runtime.server.dashboard import PAGE_PATH, Look, dashboard_routes
 from runtime.server.front import Front
 from runtime.server.generation import GenerationEngine
 from runtime.server.generation_routes import generation_routes
+from runtime.server.live import Live
 from runtime.server.metrics import ServerMetrics
 from runtime.server.middleware import BoundedBody, Guarded, RequestLog
 from runtime.server.openapi import install_openapi
@@ -36,6 +38,8 @@ def create_app(
     metrics = ServerMetrics(engine, model_name=model_name)
     front = Front(engine, model_name=model_name, limits=options.limits)
     version = _version()
+    look = Look(engine, metrics, model_name)
+    live = Live(look, rest=look.rest)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -49,7 +53,9 @@ def create_app(
     errors.install(app)
     app.include_router(operation_routes(front, metrics, version=version))
     app.include_router(generation_routes(front))
-    open_paths = frozenset({"/health", *(["/metrics"] if options.open_metrics else [])})
+    app.include_router(dashboard_routes(live))
+    app.state.end_streams = live.close  # what has no end by itself, before a shutdown waits for it
+    open_paths = frozenset({"/health", PAGE_PATH, *(["/metrics"] if options.open_metrics else [])})
     # The one added last is passed first.
     limits = options.limits
     app.add_middleware(BoundedBody, max_bytes=limits.max_body_bytes, max_s=limits.max_body_s)

@@ -29,10 +29,15 @@ class ServerMetrics:
     Args:
         engine: What is measured.
         model_name: Label of every metric.
+
+    Attributes:
+        num_generated: Tokens generated.
+        num_read: Prompt tokens of the sequences that have got their first token.
     """
 
     def __init__(self, engine: GenerationEngine, *, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self.num_generated = self.num_read = 0
         self._model_name = model_name
         running = self._gauge("num_requests_running", "Sequences that are being generated.")
         running.set_function(lambda: engine.num_running)
@@ -82,6 +87,8 @@ class ServerMetrics:
     def on_token(self, *, num_prompt_tokens: int, since_last_s: float) -> None:
         """See `EngineObserver`."""
         self._generation_tokens.inc()
+        self.num_generated += 1
+        self.num_read += num_prompt_tokens
         if num_prompt_tokens:
             self._prompt_tokens.inc(num_prompt_tokens)
             self._ttft.observe(since_last_s)
@@ -230,6 +237,17 @@ class ExpertCollector(Collector):
                 "Summed over those, tokens fed since the last one that the forecast knew.",
                 stats.forecast_age_tokens,
             )
+            if stats.judged_experts is not None and stats.foreseen_experts is not None:
+                yield self._counter(
+                    "forecast_judged",
+                    "Experts used by decoded tokens of which something was forecast.",
+                    stats.judged_experts,
+                )
+                yield self._counter(
+                    "forecast_foreseen",
+                    "Those of them among the K forecast highest; their share is the slot recall.",
+                    stats.foreseen_experts,
+                )
             not_shown = CounterMetricFamily(
                 "moecast_expert_passes_not_shown",
                 "Passes that a predictor on a thread of its own was not shown: too many waited "

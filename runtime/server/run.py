@@ -4,6 +4,7 @@ import errno
 import logging
 import signal
 import socket
+from collections.abc import Callable
 
 import uvicorn
 from fastapi import FastAPI
@@ -50,6 +51,19 @@ def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
     return reserved
 
 
+class _Server(uvicorn.Server):
+    """Ends streams that have no end of their own before it waits for those that have."""
+
+    def __init__(self, config: uvicorn.Config, *, end_streams: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end_streams = end_streams
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and wait for open ones."""
+        self._end_streams()
+        await super().shutdown(sockets)
+
+
 def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
     """A uvicorn server that is not running yet; see `serve` for the arguments."""
     if drain_s < 0:
@@ -62,7 +76,7 @@ def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=drain_s,
     )
-    return uvicorn.Server(config)
+    return _Server(config, end_streams=app.state.end_streams)
 
 
 def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:

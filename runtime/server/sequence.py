@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.schema import MoESpec
 from runtime.backend import OffloadStats
+from runtime.expert_view import ExpertView
 from runtime.observed_request import PassRow
 from runtime.server.sampling import SamplingParams, TokenLogprobs
 
@@ -75,6 +76,10 @@ class ExpertOffload(Protocol):
 
     def stats(self) -> OffloadStats:
         """The counters; safe to call from any thread."""
+        ...
+
+    def view(self, *, goes_on: bool = True) -> ExpertView:
+        """The experts as they are; between two steps, on the thread that runs them."""
         ...
 
 
