@@ -37,8 +37,7 @@ from runtime.server.sequence import EngineUnavailableError, ExpertOffload
 PAGE_PATH = "/dashboard"
 
 _STEP_S = 2.0  # how long a look waits for the engine to end a step
-# What a cell's byte says.
-_RESIDENT, _EXPECTED, _HIT, _MISS = 1, 2, 4, 8
+_RESIDENT, _EXPECTED = 1, 2
 
 
 def dashboard_routes(live: Live) -> APIRouter:
@@ -145,7 +144,7 @@ class Look:
             "top_k": spec.top_k,
             "counts_uses": view.hits_LE is not None,
             "forecasts": view.expected_LE is not None,
-            "cells": base64.b64encode(cells_LE(view, spec.top_k).numpy().tobytes()).decode(),
+            "cells": base64.b64encode(cells_3LE(view, spec.top_k).numpy().tobytes()).decode(),
         }
 
     def _between_steps(self, read: Any) -> None:
@@ -155,14 +154,15 @@ class Look:
             return  # the update shows the engine's state, and that nothing is known of experts
 
 
-def cells_LE(view: ExpertView, top_k: int) -> Tensor:
-    """One byte for each expert, uint8 [L, E].
+def cells_3LE(view: ExpertView, top_k: int) -> Tensor:
+    """Three bytes for each expert, uint8 [3, L, E].
 
-    1 = resident, 2 = among the K expected most, 4 = found and 8 = missed since the last look.
+    What it is (1 = resident, 2 = among the K expected most, 3 = both), and how often it was found
+    and missed since the last look, up to 255 times; 0 where that is not counted.
     """
-    cells = view.resident_LE.to(torch.uint8) * _RESIDENT
-    cells += view.most_expected_LE(top_k) * _EXPECTED
-    for counts_LE, bit in ((view.hits_LE, _HIT), (view.misses_LE, _MISS)):
-        if counts_LE is not None:
-            cells += (counts_LE > 0) * bit
-    return cells.contiguous()
+    kind_LE = view.resident_LE * _RESIDENT + view.most_expected_LE(top_k) * _EXPECTED
+    uses = [
+        torch.zeros_like(kind_LE) if counts_LE is None else counts_LE.clamp(max=255)
+        for counts_LE in (view.hits_LE, view.misses_LE)
+    ]
+    return torch.stack([kind_LE, *uses]).to(torch.uint8)

@@ -76,7 +76,8 @@ def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
         server_header=False,
         timeout_graceful_shutdown=drain_s,
     )
-    return _Server(config, end_streams=app.state.end_streams)
+    # `create_app` sets it; an application without endless streams need not.
+    return _Server(config, end_streams=getattr(app.state, "end_streams", lambda: None))
 
 
 def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:

@@ -13,6 +13,7 @@ from data.adapters import moe_layers, spec_of
 from runtime.engine import attach
 from runtime.gpu_experts import GpuExperts
 from runtime.pinned_store import PinnedStore
+from runtime.policies import make_policy
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, tiny_model
 from tests.launches import Launches
@@ -72,6 +73,32 @@ def test_what_is_hit_does_not_depend_on_the_device(policy: str) -> None:
                 offload._backend.cache.check_integrity()
     assert counted[0] == counted[1]
     assert min(counted[0]) > 0
+
+
+def test_who_watches_sees_the_same_residents_on_every_device() -> None:
+    model, views = tiny_model("qwen3_moe"), []
+    expected_LE = torch.rand(spec_of(model).num_layers, spec_of(model).num_experts)
+    for attached in (
+        lambda: attach(model, policy="lfru", slots=SLOTS),
+        lambda: attach_kernels(model, policy="lfru"),
+    ):
+        with attached() as offload:
+            offload.view()
+            for tokens in (PROMPT, PROMPT[:1], PROMPT[1:2]):
+                logits(model, tokens)
+            views.append(offload.view())
+            offload._backend.use_policy(make_policy("forecast"))
+            offload._backend.expect(expected_LE.to(offload._backend.later_use_LE.device))
+            views.append(offload.view())
+    host, host_expecting, kernels, kernels_expecting = views
+    assert torch.equal(host.resident_LE, kernels.resident_LE)
+    assert host.resident_LE.sum(-1).tolist() == [SLOTS] * len(expected_LE)
+    assert (host.expected_LE, kernels.expected_LE) == (None, None)
+    assert torch.equal(host_expecting.expected_LE, expected_LE)
+    assert torch.equal(kernels_expecting.expected_LE, expected_LE)
+    assert host.misses_LE is not None
+    assert kernels.hits_LE is kernels.misses_LE is None  # kernels count by layer
+    assert {kernels.resident_LE.device.type, kernels_expecting.expected_LE.device.type} == {"cpu"}
 
 
 @pytest.mark.parametrize("policy", ["forecast", "finemoe"])

@@ -23,6 +23,7 @@ from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
 from runtime.server.run import bind, make_server
+from runtime.server.worker import Mode
 from tests.fakes import ScriptedPredictor
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.fakes import wait_until
@@ -57,6 +58,7 @@ def served(
     options: ServerOptions | None = None,
     name: str = NAME,
     drain_s: int = 0,
+    mode: Mode = "single",
 ) -> Iterator[tuple[str, GenerationEngine]]:
     """Serve the embedded model over a real socket: its address, and its engine.
 
@@ -65,6 +67,7 @@ def served(
         predictor: Fitted; None for one that expects what was routed last.
         options: Of the server.
         name: Under which it is served.
+        mode: How sequences run.
         drain_s: How long open requests are waited for at the end.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(TINY_MOE_DIR).eval()
@@ -75,7 +78,7 @@ def served(
             predictor = Previous()
             predictor.load_state(spec_of(model), {})
         offload = attach(model, policy="forecast", slots=slots, predictor=predictor)
-    engine = GenerationEngine(model=model, tokenizer=tokenizer, offload=offload)
+    engine = GenerationEngine(model=model, tokenizer=tokenizer, offload=offload, mode=mode)
     server = make_server(create_app(engine, model_name=name, options=options), drain_s=drain_s)
     with closing(bind(port=0)) as reserved:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})

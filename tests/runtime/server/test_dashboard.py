@@ -9,7 +9,8 @@ import json
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ import pytest
 import torch
 
 from runtime.expert_view import ExpertView
-from runtime.server.dashboard import cells_LE, content_policy
+from runtime.server.dashboard import cells_3LE, content_policy
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
 from tests.runtime.server.clients import NAME
@@ -33,8 +34,10 @@ def site() -> Iterator[tuple[str, GenerationEngine]]:
         yield url, engine
 
 
-def updates(url: str, number: int, **headers: str) -> list[dict[str, Any]]:
-    """The first updates of a stream."""
+def updates(
+    url: str, number: int, *, then: Callable[[], None] | None = None, **headers: str
+) -> list[dict[str, Any]]:
+    """The first updates of a stream; ``then`` is done when the first one is there."""
     found: list[dict[str, Any]] = []
     with httpx.stream("GET", f"{url}/dashboard/events", headers=headers, timeout=WAIT_S) as reply:
         assert reply.status_code == 200
@@ -42,6 +45,8 @@ def updates(url: str, number: int, **headers: str) -> list[dict[str, Any]]:
         for line in reply.iter_lines():
             if line.startswith("data: "):
                 found.append(json.loads(line.removeprefix("data: ")))
+                if then is not None and len(found) == 1:
+                    then()
             if len(found) == number:
                 break
     return found
@@ -72,36 +77,33 @@ def test_an_update_has_the_servers_own_figures(site: Any) -> None:
 
 def test_cells_tell_who_is_resident_forecast_hit_and_missed(site: Any) -> None:
     url, _ = site
-    updates(url, 1)
-    asking = threading.Timer(0.2, complete, [url])
-    asking.start()
-    seen = updates(url, 4)
-    asking.join()
+    seen = updates(url, 4, then=partial(complete, url))
     shape = (seen[0]["experts"]["layers"], seen[0]["experts"]["experts_per_layer"])
     assert shape == (8, 32)
     maps = [
         torch.frombuffer(
             bytearray(base64.b64decode(update["experts"]["cells"])), dtype=torch.uint8
-        ).view(shape)
+        ).view(3, *shape)
         for update in seen
     ]
-    assert all(((cells & 1) > 0).sum(-1).tolist() == [8] * 8 for cells in maps)
-    assert all(((cells & 2) > 0).sum(-1).tolist() == [4] * 8 for cells in maps)
-    during = [cells for cells in maps if (cells & 12).any()]
-    assert during
-    assert ((during[0] & 8) > 0).any(-1).all()  # a prompt misses something in every layer
+    assert all(((cells[0] & 1) > 0).sum(-1).tolist() == [8] * 8 for cells in maps)
+    assert all(((cells[0] & 2) > 0).sum(-1).tolist() == [4] * 8 for cells in maps)
+    before, after = seen[0]["experts"], seen[-1]["experts"]
+    hits, misses = (sum(int(cells[i].sum()) for cells in maps[1:]) for i in (1, 2))
+    assert (hits, misses) == (after["hits"] - before["hits"], after["misses"] - before["misses"])
+    assert min(hits, misses) > 0
 
 
-def test_a_cell_is_the_sum_of_what_is_true_of_it() -> None:
+def test_a_cell_says_what_an_expert_is_and_how_often_it_was_used() -> None:
     view = ExpertView(
         resident_LE=torch.tensor([[True, False, True, False]]),
         expected_LE=torch.tensor([[0.0, 0.4, 0.3, 0.1]]),
-        hits_LE=torch.tensor([[0, 0, 3, 0]]),
+        hits_LE=torch.tensor([[0, 0, 300, 0]]),
         misses_LE=torch.tensor([[0, 2, 1, 0]]),
     )
-    assert cells_LE(view, 2).tolist() == [[1, 2 + 8, 1 + 2 + 4 + 8, 0]]
+    assert cells_3LE(view, 2).tolist() == [[[1, 2, 3, 0]], [[0, 0, 255, 0]], [[0, 2, 1, 0]]]
     unknown = ExpertView(resident_LE=view.resident_LE, expected_LE=None)
-    assert cells_LE(unknown, 2).tolist() == [[1, 0, 1, 0]]
+    assert cells_3LE(unknown, 2).tolist() == [[[1, 0, 1, 0]], [[0] * 4], [[0] * 4]]
 
 
 def test_uses_are_counted_only_while_somebody_listens(site: Any) -> None:

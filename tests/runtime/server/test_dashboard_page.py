@@ -139,17 +139,17 @@ def test_the_page_shows_a_completion_as_it_happens(watch: Any, site: Any) -> Non
     shows(page, "#state", "ready")
     shows(page, "#model", NAME)
     shows(page, "#summary", "64 of 256 experts are in memory. 32 are forecast")
-    shows(page, "#summary", "0 were hit and 0 missed")
+    shows(page, "#summary", " 0 hits and 0 misses")
     before = pixels(page)
     complete(url)
-    expect(page.locator("#summary")).not_to_contain_text(" 0 were hit", timeout=WAIT_MS)
+    expect(page.locator("#summary")).not_to_contain_text(" 0 hits", timeout=WAIT_MS)
     assert pixels(page) != before
     for card, text in {"hit-ratio": "%", "link": "B/s", "recall": "%", "stalls": "%"}.items():
         shows(page, f"#{card} .value", text)
     expect(page.locator("#link .value")).not_to_have_text("0 B/s")
     expect(page.locator("#tokens .value")).not_to_have_text("0 · 0")
     assert page.locator("#hit-ratio path").get_attribute("d")
-    shows(page, "#summary", "0 were hit and 0 missed")  # and it is over
+    shows(page, "#summary", " 0 hits and 0 misses")  # and it is over
 
 
 def test_the_page_asks_no_other_host_and_nothing_but_its_stream(
