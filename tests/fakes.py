@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from data.schema import MoESpec, TraceSet
-from predictors.base import FitReport, Predictor
+from predictors.base import FitReport, Forecast, Predictor, State
 
 
 class ScriptedPredictor(Predictor):
@@ -23,3 +23,20 @@ class ScriptedPredictor(Predictor):
 
     def load_state(self, spec: MoESpec, tensors: Mapping[str, Tensor]) -> None:
         self.spec = spec
+
+
+class Previous(ScriptedPredictor):
+    """Expects the next token to be routed as the last one was."""
+
+    kind = "previous"
+    moments = frozenset({"token"})
+
+    def on_token(
+        self,
+        state: State,
+        expert_map_LE: Tensor,
+        *,
+        token_id: int | None = None,
+        next_token_id: int | None = None,
+    ) -> Forecast | None:
+        return Forecast.stationary(expert_map_LE, gamma=self.gamma)

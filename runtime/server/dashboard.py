@@ -6,9 +6,9 @@ needs no key: a browser could not send one with a navigation. Everything that it
 sends it in the header, never in an address.
 
 An update holds counters since the start, from which the page makes rates, and the experts as they
-are. These are read on the engine's own thread between two steps: so they are of one moment, no
-forward pass waits, and nothing is read while a graph is being captured. Where a step takes too long
-the update goes without them, and says so.
+are. These are read on the engine's own thread between two steps, in well under a millisecond: so
+they are of one moment, and nothing is read within a forward pass or while a graph is captured.
+Where a step takes too long the update goes without them, and says so.
 
 Shape letters: L MoE layers · E experts per layer.
 """
@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 
@@ -37,6 +38,7 @@ from runtime.server.sequence import EngineUnavailableError, ExpertOffload
 PAGE_PATH = "/dashboard"
 
 _STEP_S = 2.0  # how long a look waits for the engine to end a step
+_REST_S = 20.0  # and the last one, without which uses would be counted on
 _RESIDENT, _EXPECTED = 1, 2
 
 
@@ -119,12 +121,18 @@ class Look:
         """Let nothing be counted that nobody looks at."""
         offload = self._engine.offload
         if offload is not None:
-            self._between_steps(lambda: offload.view(goes_on=False))
+
+            def look_away() -> None:
+                offload.view(goes_on=False)
+
+            self._between_steps(look_away, timeout_s=_REST_S)
 
     def _experts(self, offload: ExpertOffload) -> dict[str, Any] | None:
         """What is known of the experts; None where the engine is within a long step."""
         taken: list[tuple[ExpertView, OffloadStats]] = []
-        self._between_steps(lambda: taken.append((offload.view(), offload.stats())))
+        self._between_steps(
+            lambda: taken.append((offload.view(), offload.stats())), timeout_s=_STEP_S
+        )
         if not taken:
             return None
         view, stats = taken[0]
@@ -147,9 +155,9 @@ class Look:
             "cells": base64.b64encode(cells_3LE(view, spec.top_k).numpy().tobytes()).decode(),
         }
 
-    def _between_steps(self, read: Any) -> None:
+    def _between_steps(self, read: Callable[[], None], *, timeout_s: float) -> None:
         try:
-            self._engine.between_steps(read, timeout_s=_STEP_S)
+            self._engine.between_steps(read, timeout_s=timeout_s)
         except EngineUnavailableError:
             return  # the update shows the engine's state, and that nothing is known of experts
 

@@ -9,8 +9,8 @@ from data.adapters import moe_layers, router_probs_TE, spec_of
 from runtime.engine import Offload, attach
 from runtime.expert_view import ExpertView, slot_recall
 from runtime.policies import make_policy
+from tests.fakes import Previous
 from tests.families import tiny_model
-from tests.runtime.server.dashboard_pages import Previous
 
 PROMPT_IDS = [[3, 1, 4, 1, 5]]
 

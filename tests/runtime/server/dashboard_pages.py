@@ -12,38 +12,20 @@ from contextlib import closing, contextmanager
 from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.adapters import spec_of
 from data.tiny_moe import TINY_MOE_DIR
-from predictors.base import Forecast, Predictor, State
+from predictors.base import Predictor
 from runtime.engine import attach
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
 from runtime.server.run import bind, make_server
 from runtime.server.worker import Mode
-from tests.fakes import ScriptedPredictor
+from tests.fakes import Previous
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.fakes import wait_until
-
-
-class Previous(ScriptedPredictor):
-    """Expects the next token to be routed as the last one was."""
-
-    kind = "previous"
-    moments = frozenset({"token"})
-
-    def on_token(
-        self,
-        state: State,
-        expert_map_LE: Tensor,
-        *,
-        token_id: int | None = None,
-        next_token_id: int | None = None,
-    ) -> Forecast | None:
-        return Forecast.stationary(expert_map_LE, gamma=self.gamma)
 
 
 def chromium_path() -> str | None:

@@ -9,12 +9,14 @@ minutes, which is what the page's curves hold.
 
 import argparse
 import random
+import re
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import httpx
+from playwright.sync_api import expect
 
 from predictors.artifact import load_artifact
 from tests.runtime.server.dashboard_pages import chromium, chromium_path, served
@@ -93,9 +95,8 @@ def take_pictures(artifact: Path, folder: Path, *, watch_s: float) -> list[Path]
             page.goto(f"{url}/dashboard")
         with Traffic(url, num_clients=4, seed=0):
             pages["light"].wait_for_timeout(1000 * watch_s)
-            pages["light"].wait_for_function(
-                "parseInt(document.querySelector('#requests .value').textContent) > 1"
-            )
+            at_work = pages["light"].locator("#requests .value")
+            expect(at_work).to_have_text(re.compile(r"^[2-9]"), timeout=60_000)
             for scheme, page in pages.items():
                 picture = folder / f"dashboard-{scheme}.png"
                 page.screenshot(path=picture, full_page=True)

@@ -18,7 +18,7 @@ from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.dashboard_pages import chromium, chromium_path, served
-from tests.runtime.server.fakes import WAIT_S
+from tests.runtime.server.fakes import WAIT_S, wait_until
 
 KEY = "sk-very-secret"
 WAIT_MS = 1000 * WAIT_S
@@ -221,9 +221,7 @@ def test_the_map_follows_the_scheme_while_it_is_open(watch: Any) -> None:
     shows(page, "#summary", "64 of 256")
     light = pixels(page)
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(
-        "before => document.getElementById('map').toDataURL() !== before", arg=light
-    )
+    wait_until(lambda: pixels(page) != light)
 
 
 def test_the_table_says_what_the_map_shows(watch: Any) -> None:
