@@ -8,7 +8,8 @@ this layer is found, loaded or read in place. `Offload.detach` puts everything b
 
 The engine only connects: what to keep is decided by the cache and its policy (the same objects as
 in the simulator), bytes are moved and experts computed by a `Backend`, forecasts come from a
-predictor through an `Observer`. One forward pass at a time; no gradient flows through it.
+`ServedPredictor` (through an `Observer` on a CPU; on a GPU within captured steps, or on a thread of
+the host), which can be swapped. One forward pass at a time; no gradient flows through it.
 
 Shape letters: T tokens · E experts per layer · K experts per token · D hidden · C slots.
 """

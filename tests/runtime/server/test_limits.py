@@ -107,11 +107,11 @@ def test_counting_tokens_takes_a_place_among_the_open_requests(limited: Any) -> 
     with ThreadPoolExecutor(1) as pool:
         is_open = pool.submit(complete, client, max_tokens=1)
         wait_until(lambda: client.engine.num_running == 1)
-        for path, body in asks:
-            reply = client.post(path, json=body)
-            assert (reply.status_code, error_of(reply)["code"]) == (429, "too_many_requests")
+        replies = [client.post(path, json=body) for path, body in asks]
         model.let(1)
         assert is_open.result(WAIT_S).status_code == 200
+    for reply in replies:
+        assert (reply.status_code, error_of(reply)["code"]) == (429, "too_many_requests")
     for path, body in asks * 2:  # and gives it back
         assert client.post(path, json=body).status_code == 200
 
