@@ -32,8 +32,9 @@ from predictors.base import Predictor
 from runtime.attach_checks import pick_device
 from runtime.budget import parse_budget
 from runtime.check import CHECK_PROMPT, Recording, compare, format_check, record
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.forecasts import FALLBACK_POLICY
+from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.server.app import create_app

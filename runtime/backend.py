@@ -1,6 +1,6 @@
 """The seam between a served model and the device that its experts live on, and its CPU side.
 
-`runtime.engine.Offload` routes every call of a MoE layer's experts to a `Backend`; which experts
+`runtime.offload.Offload` routes every call of a MoE layer's experts to a `Backend`; which experts
 are resident, where their bytes lie and how they are computed is the backend's matter alone.
 `CpuBackend` decides with an `ExpertCache`, moves bytes and computes with an `ExpertExecutor`, and
 has a file as its slow tier; the GPU's is `runtime.gpu_experts.GpuExperts`.

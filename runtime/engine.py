@@ -14,319 +14,34 @@ the host), which can be swapped. One forward pass at a time; no gradient flows t
 Shape letters: T tokens · E experts per layer · K experts per token · D hidden · C slots.
 """
 
-import inspect
 import logging
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from data.adapters import MoELayer, moe_layers, spec_of
-from data.schema import MoESpec
+from data.adapters import moe_layers, spec_of
 from predictors.base import Predictor
 from runtime.attach_checks import (
-    NAME_PREFIX,
     check_foresight,
     check_gpu_options,
     check_mode,
     check_model,
-    check_scores,
     check_spec,
     slots_per_layer,
 )
-from runtime.backend import Backend, CpuBackend, OffloadStats
-from runtime.cache import Event
-from runtime.compiled_layers import CompiledLayers, not_compiled
-from runtime.decode_graph import DecodeGraph, recorder_for
-from runtime.expert_view import ExpertView
+from runtime.backend import Backend, CpuBackend
+from runtime.compiled_layers import CompiledLayers
 from runtime.gpu_memory import context_of
 from runtime.graph_forecasts import device_bytes
-from runtime.observer import Observer, PassRow
+from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
-from runtime.prefill_chunks import chunked_prefill
-from runtime.prompt_trial import check_prompt_fits
-from runtime.resident_routing import ResidentRouting, most_wanted
-from runtime.served_predictor import ServedPredictor
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
-
-
-class Offload:
-    """A model that serves with offloaded experts until `detach`; `attach` makes one.
-
-    A context manager: leaving it detaches.
-
-    Attributes:
-        spec: The model's MoE.
-        slots: C of each MoE layer.
-        context_tokens: Positions of a sequence that memory on a GPU was planned for; None where
-            nothing was planned, and a longer one takes what it takes.
-    """
-
-    def __init__(
-        self,
-        *,
-        layers: Sequence[MoELayer],
-        spec: MoESpec,
-        slots: tuple[int, ...],
-        backend: Backend,
-        context_tokens: int | None = None,
-    ) -> None:
-        self.spec = spec
-        self.slots = slots
-        self.context_tokens = context_tokens
-        self._backend = backend
-        self._layer_of = {moe.experts: moe.layer for moe in layers}
-        self._predictor: ServedPredictor | None = None
-        self._graph: DecodeGraph | None = None
-        self._restricted: ResidentRouting | None = None
-        self._undo = ExitStack()
-        self._attached = True
-        self._name = f"{NAME_PREFIX}{id(self):x}"
-        configs: dict[int, Any] = {id(moe.experts.config): moe.experts.config for moe in layers}
-        self._implementations: list[tuple[Any, str | None]] = [
-            (config, config._experts_implementation) for config in configs.values()
-        ]
-
-    @property
-    def events(self) -> list[Event]:
-        """The cache's log; empty unless attached with ``record_events=True``."""
-        return self._backend.events
-
-    def stats(self) -> OffloadStats:
-        """The counters as they are now; readable after `detach`, too."""
-        stats = self._backend.stats()
-        if self._predictor is not None:
-            stats = self._predictor.add_to(stats)
-        if self._restricted is not None:
-            stats = self._restricted.add_to(stats)
-        return stats if self._graph is None else self._graph.add_to(stats)
-
-    def view(self, *, goes_on: bool = True) -> ExpertView:
-        """As `Backend.view`."""
-        return self._backend.view(goes_on=goes_on)
-
-    def begin_request(self, *prompts: str) -> None:
-        """Say that the next forward pass begins new requests, and what their prompts are.
-
-        Needed only by predictors that read the text: a request begins by itself wherever the KV
-        cache is empty. Without a predictor it does nothing.
-
-        Args:
-            prompts: One text per row of the batch, or none if the texts are not known.
-        """
-        if self._predictor is not None:
-            self._predictor.observer.begin_request(*prompts)
-
-    @property
-    def follows_batches(self) -> bool:
-        """Whether forecasts are right for several sequences in a pass: on a CPU, or without any."""
-        return self._predictor is None or isinstance(self._predictor.observer, Observer)
-
-    def announce(self, rows: Sequence[PassRow]) -> None:
-        """Say whose tokens the next pass computes; otherwise those of the rows of its input."""
-        if (observer := self._row_observer()) is not None:
-            observer.announce(rows)
-        elif rows[0].position == 0:
-            self.begin_request(rows[0].prompt or "")
-
-    def expected_use(self, row: PassRow) -> Tensor | None:
-        """Probability that a sequence's next token uses each expert, float32 [L, E], or None."""
-        observer = self._row_observer()
-        if observer is None or (forecast := observer.foresee(row)) is None:
-            return None
-        return forecast.next_LE
-
-    def captured_cache(self, max_tokens: int) -> Any:
-        """A KV cache over which decode steps are captured; None where none are."""
-        if not self.captures_steps:
-            return None
-        assert self._graph is not None
-        return self._graph.new_cache(max_tokens, context_tokens=self.context_tokens)
-
-    @property
-    def captures_steps(self) -> bool:
-        """Whether decode steps are captured, for a server that asks for a `captured_cache`."""
-        return self._graph is not None and self._row_observer() is None  # a replay runs no hooks
-
-    def end_request(self, key: str, *, remember: bool = True) -> None:
-        """Say that an announced sequence is over, and whether it counts as a finished request."""
-        if (observer := self._row_observer()) is not None:
-            observer.end_request(key, remember=remember)
-
-    def keep_resident(self, scores_LE: Tensor) -> None:
-        """Make other experts resident, between requests, where the mode is "resident_only".
-
-        Args:
-            scores_LE: float, such as expected uses: of each layer those that score highest are
-                kept, as many as it has slots; of equals the first.
-
-        Raises:
-            ValueError: The mode is another, or there is not one number per expert.
-        """
-        if self._restricted is None:
-            raise ValueError("mode='lossless': its policy decides what is resident")
-        check_scores(scores_LE, self.spec)
-        resident_LE = most_wanted(scores_LE, self.slots)
-        assert isinstance(self._backend, CpuBackend)
-        self._backend.make_resident(resident_LE)
-        self._restricted.allow(resident_LE)
-
-    def swap_predictor(self, predictor: Predictor) -> None:
-        """Let another predictor forecast from the next pass on, by the policy given at `attach`.
-
-        Both are held for a moment, so whatever is raised leaves the old one as it was.
-
-        Raises:
-            SpecMismatchError: It was fitted for another model.
-            ValueError: No predictor is served, or this one cannot be.
-        """
-        before = self._predictor
-        if before is None:
-            raise ValueError("no predictor is served: the policy reads no forecasts")
-        check_spec(predictor, self.spec)
-        predictor.bind(self._model)
-        self._observe(self._model, self._layers, predictor)
-        if self._graph is not None:
-            self._graph.forget()  # before its steps' memory goes with the old one
-        before.remove()
-
-    def _row_observer(self) -> Observer | None:
-        """Who can tell the sequences of a pass apart, if anybody watches in that way."""
-        observer = None if self._predictor is None else self._predictor.observer
-        return observer if isinstance(observer, Observer) else None
-
-    def detach(self) -> None:
-        """Give the model back as it was, to the bit; a second call does nothing.
-
-        Raises:
-            RuntimeError: The device has failed so badly that experts which live on it cannot be
-                brought back; the model must be loaded again. Whatever else can be undone, is.
-        """
-        if not self._attached:
-            return
-        self._attached = False
-        if self._predictor is not None:
-            self._predictor.remove()
-        if self._graph is not None:
-            self._graph.remove()
-        for config, implementation in self._implementations:
-            config._experts_implementation = {"": implementation}
-        ALL_EXPERTS_FUNCTIONS.pop(self._name, None)
-        if self._restricted is not None:
-            self._restricted.remove()
-        self._undo.close()
-        self._backend.restore()
-        logger.info("Detached: %s", self.stats())
-
-    def __enter__(self) -> Self:
-        """The object itself."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Detach, whatever happened inside."""
-        self.detach()
-
-    def _install(self) -> None:
-        """Route the model's experts here; nothing in it can fail half-way."""
-        ALL_EXPERTS_FUNCTIONS[self._name] = not_compiled(self._experts_forward)
-        for config, _ in self._implementations:
-            # As a mapping, it sets this config alone and leaves its subconfigs as they are.
-            config._experts_implementation = {"": self._name}
-
-    def _restrict(self, layers: Sequence[MoELayer], scores_LE: Tensor) -> None:
-        self._restricted = ResidentRouting(layers=layers, spec=self.spec)
-        self.keep_resident(scores_LE)
-        logger.warning("Mode resident_only: tokens whose experts are absent get others; LOSSY")
-
-    def _cut_prompts(self, model: nn.Module, chunk_tokens: int) -> None:
-        """Let ``model.generate`` compute prompts in chunks, which memory was planned for."""
-        self._undo.enter_context(chunked_prefill(model, chunk_tokens))
-
-    def _capture_decoding(
-        self, model: nn.Module, *, max_batch: int, compiled: CompiledLayers | None = None
-    ) -> None:
-        def hold() -> str | None:
-            return None if self._predictor is None else self._predictor.why_not_captured()
-
-        self._graph = DecodeGraph(
-            model,
-            recorder=recorder_for(model),
-            max_batch=max_batch,
-            compiled=compiled,
-            hold=hold,
-        )
-
-    def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
-        """See that memory holds a prompt, and forget it."""
-        check_prompt_fits(
-            model,
-            tokens,
-            slots=self.slots,
-            planned_bytes=planned_bytes,
-            context_tokens=self.context_tokens,
-        )
-        self._backend.reset()
-
-    def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
-        self._model, self._layers = model, layers
-
-        def capture_anew() -> None:
-            if self._graph is not None:
-                self._graph.forget()
-
-        self._predictor = ServedPredictor(
-            model=model,
-            layers=layers,
-            backend=self._backend,
-            predictor=predictor,
-            on_change=capture_anew,
-        )
-
-    @torch.no_grad()
-    def _experts_forward(
-        self,
-        experts: nn.Module,
-        hidden_states: Tensor,
-        top_k_index: Tensor,
-        top_k_weights: Tensor,
-    ) -> Tensor:
-        """The function that transformers calls in place of an experts module's own forward.
-
-        Arguments are named as in transformers' own implementations: T tokens' hidden states
-        [T, D], expert ids [T, K] and weights [T, K].
-        """
-        layer = self._layer_of.get(experts)
-        if layer is None:
-            return self._stock_forward(experts, hidden_states, top_k_index, top_k_weights)
-        if self._predictor is not None:
-            self._predictor.routed(layer, top_k_index, top_k_weights)
-        return self._backend.forward(layer, hidden_states, top_k_index, top_k_weights)
-
-    def _stock_forward(self, experts: nn.Module, *arguments: Tensor) -> Tensor:
-        """For modules of another model that was built on the very same config object."""
-        (implementation,) = [
-            implementation
-            for config, implementation in self._implementations
-            if config is experts.config
-        ]
-        stock = ALL_EXPERTS_FUNCTIONS.get_interface(
-            implementation, inspect.unwrap(type(experts).forward)
-        )
-        output: Tensor = stock(experts, *arguments)
-        return output
 
 
 def attach(

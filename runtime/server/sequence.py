@@ -36,7 +36,7 @@ class EngineUnavailableError(RuntimeError):
 
 
 class ExpertOffload(Protocol):
-    """What the server needs of `runtime.engine.Offload`."""
+    """What the server needs of `runtime.offload.Offload`."""
 
     @property
     def spec(self) -> MoESpec:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from data.adapters import moe_layers, router_probs_TE, spec_of
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.expert_view import ExpertView, slot_recall
+from runtime.offload import Offload
 from runtime.policies import make_policy
 from tests.fakes import Previous
 from tests.families import tiny_model

@@ -12,8 +12,9 @@ from transformers import TextStreamer
 from data.adapters import spec_of
 from data.models import load_model
 from predictors.base import Forecast, Predictor, State
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.gpu_memory import CHUNK_TOKENS
+from runtime.offload import Offload
 from tests.predictors.graph_fakes import Habit, untrained_forecaster
 
 logger = logging.getLogger(__name__)

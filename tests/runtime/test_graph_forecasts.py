@@ -19,10 +19,11 @@ from predictors.graph import GraphPredictor
 from predictors.request_history import RequestHistory
 from runtime.backend import CpuBackend
 from runtime.decode_graph import DecodeGraph
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.forecasts import FALLBACK_POLICY
 from runtime.gpu_experts import GpuExperts
 from runtime.graph_forecasts import GraphForecasts, device_bytes, graph_module
+from runtime.offload import Offload
 from runtime.simulate import replay_log
 from tests.devices import KERNEL_DEVICE
 from tests.families import FAMILIES, tiny_model

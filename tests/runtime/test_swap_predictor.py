@@ -13,8 +13,9 @@ from predictors.popularity import Popularity
 from runtime import forecasts
 from runtime.backend import CpuBackend
 from runtime.decode_graph import DecodeGraph
-from runtime.engine import Offload, attach
+from runtime.engine import attach
 from runtime.forecasts import FALLBACK_POLICY
+from runtime.offload import Offload
 from tests.families import tiny_model
 from tests.predictors.graph_fakes import Habit
 from tests.runtime.kernel_attach import attach_as_device

@@ -17,7 +17,8 @@ from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.artifact import artifact_digest, load_artifact, save_artifact
 from predictors.popularity import Popularity
-from runtime.engine import Offload, attach
+from runtime.engine import attach
+from runtime.offload import Offload
 from runtime.server.app import create_app
 from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine

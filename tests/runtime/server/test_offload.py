@@ -12,7 +12,8 @@ from data.adapters import spec_of
 from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.base import Forecast, Request, State
-from runtime.engine import Offload, attach
+from runtime.engine import attach
+from runtime.offload import Offload
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.sampling import SamplingParams
