@@ -264,6 +264,20 @@ class GpuExperts:
         if layer == 0 and not self._has_begun:
             self._advance()
         self._has_begun = False
+        try:
+            return self._decode(layer, hidden_TD, topk_expert_ids_TK, topk_weights_TK)
+        except BaseException:
+            # The books tell of experts that were never put into their slots. (Within a capture they
+            # tell nothing: nothing has been computed.)
+            is_cuda = hidden_TD.device.type == "cuda"
+            if not (is_cuda and torch.cuda.is_current_stream_capturing()):
+                self.reset()
+            raise
+
+    def _decode(
+        self, layer: int, hidden_TD: Tensor, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor
+    ) -> Tensor:
+        num_tokens, prefetcher = len(hidden_TD), self.prefetcher
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
         if prefetcher is not None:

@@ -55,6 +55,29 @@ def test_every_family_says_what_it_says_with_stock_experts(family: str) -> None:
     assert torch.equal(logits(model, PROMPT), stock[len(PROMPT)]), "detached, bit for bit"
 
 
+def test_what_breaks_within_an_event_leaves_no_slot_that_is_not_what_it_seems(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The cache had decided, and nothing was computed or stored."""
+    model = tiny_model("qwen3_moe")
+    stock = logits(model, PROMPT)
+    with attach_kernels(model) as offload:
+        logits(model, LONG)
+
+        def broken(**_: Any) -> None:
+            raise RuntimeError("out of memory")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("runtime.gpu_experts.expert_step", broken)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                logits(model, PROMPT)
+        backend = offload._backend
+        assert isinstance(backend, GpuExperts)
+        backend.cache.check_integrity()
+        assert not bool(backend.cache.cache.usage.resident_LE.any())
+        torch.testing.assert_close(logits(model, PROMPT), stock, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("policy", ["lru", "lfru", "lcp", "lfu"])
 def test_what_is_hit_does_not_depend_on_the_device(policy: str) -> None:
     """Short and long forward passes in turn: kernels and prefill keep the same books."""
