@@ -228,6 +228,20 @@ class ExpertCollector(Collector):
             "stall_seconds", "Seconds that computing waited for experts.", stats.stall_s
         )
         yield from self._of_device(stats)
+        if stats.mode != "lossless":
+            lossy = GaugeMetricFamily(
+                "moecast_expert_lossy",
+                "1 where answers are not the resident model's, by the mode that makes them so.",
+                labels=("model_name", "mode"),
+            )
+            lossy.add_metric([self._model_name, stats.mode], 1)
+            yield lossy
+            for name, text, value in (
+                ("moved", "Experts made resident between requests.", stats.moved),
+                ("routed", "Experts that tokens were routed to.", stats.routed),
+                ("rerouted", "Those that the router would not have chosen.", stats.rerouted),
+            ):
+                yield self._counter(name, text, value)
         if stats.predictor is not None:
             yield self._counter(
                 "forecasts_used", "Passes that had a forecast to go by.", stats.forecasts_used
