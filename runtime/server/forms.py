@@ -4,6 +4,7 @@ One form writes one answer; what differs between the endpoints is here and nothi
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -67,7 +68,7 @@ class Form(Protocol):
         ...
 
 
-class _ChunkForm:
+class _ChunkForm(ABC):
     """What completions and chats have in common: a stream of chunks, all alike.
 
     With ``include_usage`` the chunks say ``usage: null``, or with ``continuous_usage_stats`` the
@@ -97,8 +98,8 @@ class _ChunkForm:
         yield f"data: {json.dumps(error.body)}\n\n"
         yield _DONE
 
-    def _chunk(self, choices: list[Any], usage: Usage | None) -> BaseModel:
-        raise NotImplementedError
+    @abstractmethod
+    def _chunk(self, choices: list[Any], usage: Usage | None) -> BaseModel: ...
 
     def _usage_so_far(self, counts: Counts) -> Usage | None:
         return usage_of(counts) if self._options.continuous_usage_stats else None
