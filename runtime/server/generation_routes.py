@@ -1,12 +1,13 @@
 """The routes that generate: completions, chats, responses."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
 from runtime.server.forms import ChatForm, CompletionForm
-from runtime.server.front import Front
+from runtime.server.front import Front, MakeForm
 from runtime.server.objects import ChatCompletion, Completion
 from runtime.server.openapi import errors_of
 from runtime.server.prompts import chat_requests, completion_requests
@@ -28,6 +29,25 @@ def generation_routes(front: Front) -> APIRouter:
         "max_characters": front.max_characters,
     }
 
+    async def answer(
+        body: CompletionBody | ChatCompletionBody | ResponsesBody,
+        request: Request,
+        prepare: Callable[..., list[GenerationRequest]],
+        make_form: MakeForm,
+        *,
+        choices: int,
+        param: str,
+    ) -> Response:
+        return await front.answer(
+            request,
+            model=body.model,
+            prepare=partial(prepare, body, **encoding),
+            make_form=make_form,
+            stream=body.stream,
+            choices=choices,
+            param=param,
+        )
+
     @router.post(
         "/v1/completions",
         response_model=None,
@@ -45,14 +65,8 @@ def generation_routes(front: Front) -> APIRouter:
                 answers=body.max_tokens != 0,
             )
 
-        return await front.answer(
-            request,
-            model=body.model,
-            prepare=partial(completion_requests, body, **encoding),
-            make_form=make_form,
-            stream=body.stream,
-            choices=body.n,
-            param="prompt",
+        return await answer(
+            body, request, completion_requests, make_form, choices=body.n, param="prompt"
         )
 
     @router.post(
@@ -74,14 +88,8 @@ def generation_routes(front: Front) -> APIRouter:
                 calls_tools=bool(body.tools) and body.tool_choice != "none",
             )
 
-        return await front.answer(
-            request,
-            model=body.model,
-            prepare=partial(chat_requests, body, **encoding),
-            make_form=make_form,
-            stream=body.stream,
-            choices=body.n,
-            param="messages",
+        return await answer(
+            body, request, chat_requests, make_form, choices=body.n, param="messages"
         )
 
     @router.post(
@@ -96,14 +104,8 @@ def generation_routes(front: Front) -> APIRouter:
         """Answer a conversation, in the form of the newer API; nothing is stored."""
         head = front.head("resp_")
         form = ResponsesForm(body, response_id=head["id"], created=head["created"])
-        return await front.answer(
-            request,
-            model=body.model,
-            prepare=partial(response_requests, body, **encoding),
-            make_form=lambda _: form,
-            stream=body.stream,
-            choices=1,
-            param="input",
+        return await answer(
+            body, request, response_requests, lambda _: form, choices=1, param="input"
         )
 
     return router
