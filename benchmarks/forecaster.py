@@ -3,7 +3,8 @@
     python -m benchmarks.forecaster                    # half an hour on two cores
     python -m benchmarks.forecaster num_nets=3          # three networks averaged
     python -m benchmarks.forecaster seeds=[0] max_tokens=3000
-    python -m benchmarks.forecaster traces=[esft] time_all=false   # one set of traces alone
+    python -m benchmarks.forecaster traces=[esft]   # one set of traces alone
+    python -m benchmarks.forecaster jobs=6              # ten minutes on a GPU and sixteen cores
 
 Real routing (folder MOECAST_DATA), everything fitted anew for every seed, which draws the split,
 the weights and the order:
@@ -14,27 +15,28 @@ the weights and the order:
   one's among them; once without any, from routing alone.
 - **DeepSeek-V2-Lite** (esft), fitted on one of its two domains and tested on the other, at 16, 26
   and 32 of 64 slots.
-- **Cost**: the fit's time on all 98,777 recorded tokens of gpt-oss-20b (`benchmarks.fit_speed`),
-  and on a GPU the networks' time for one token, captured in a CUDA graph.
+
+What it costs is measured apart: a fit by `benchmarks.fit_speed`, a token by
+`benchmarks.forecaster_graph`.
 
 Ends with one JSON line; ``out=benchmarks/results/forecaster.json`` keeps it.
 """
 
-import copy
 import dataclasses
 import logging
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.fit_speed import time_fits
-from benchmarks.record import record, spread
+from benchmarks.record import record
 from data.cli import parse_cli
 from data.importers import load_traces
 from data.schema import TraceList
@@ -43,7 +45,6 @@ from data.tables import format_table
 from predictors.forecaster import Forecaster
 from predictors.metrics import evaluate_recall
 from predictors.routing import traces_of
-from predictors.token_history import NUM_ROWS, NUM_TOKENS_READ
 from runtime.budget import slots_at
 from runtime.simulate import simulate
 
@@ -57,8 +58,10 @@ TRACES = {"gpt-oss-20b": "gptoss20b", "esft": "esft"}
 class Args:
     """Fit and judge the forecaster; max_tokens judges only so many tokens per split.
 
-    traces may name gpt-oss-20b and esft; device is auto, cpu or gpu; time_all=false leaves the fit
-    on all tokens out, past_ids=false the setting with the ids of past tokens only.
+    traces may name gpt-oss-20b and esft; device is auto, cpu or gpu; past_ids=false leaves out the
+    setting with the ids of past tokens only. jobs measures so many seeds and sets of traces at
+    once, each in a process of its own with its share of the cores: the same figures but for the
+    times of the fits, which then share a device.
     """
 
     traces: list[str] = field(default_factory=lambda: list(TRACES))
@@ -67,8 +70,8 @@ class Args:
     hidden_dim: int = 1024
     max_tokens: int | None = None
     device: str = "auto"
-    time_all: bool = True
     past_ids: bool = True
+    jobs: int = 1
     out: Path | None = None
 
 
@@ -138,34 +141,6 @@ def measure(traces: TraceList, predictor: Forecaster, max_tokens: int | None) ->
     }
 
 
-def graph_us_per_token(predictor: Forecaster, *, repeats: int = 7) -> dict[str, float]:
-    """Microseconds of one token's networks on the GPU, in one graph; spread over ``repeats``."""
-    spec = predictor.fitted_spec()
-    rows_BRLE = torch.rand(1, NUM_ROWS, spec.num_layers, spec.num_experts, device="cuda")
-    tokens_B3 = torch.zeros(1, NUM_TOKENS_READ, dtype=torch.int64, device="cuda")
-    nets = [copy.deepcopy(net).cuda() for net in predictor.nets]
-
-    def run() -> None:
-        for net in nets:
-            net.after(net.before(rows_BRLE, tokens_B3), rows_BRLE)
-
-    with torch.inference_mode():
-        run()  # compiles kernels and makes handles before the capture
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        times_us = []
-        for _ in range(repeats):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            for _ in range(200):
-                graph.replay()
-            stop.record()
-            torch.cuda.synchronize()
-            times_us.append(start.elapsed_time(stop) / 200 * 1000)
-    return spread(times_us)
-
-
 def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Mean and standard deviation over seeds of the numbers that are published."""
 
@@ -179,48 +154,69 @@ def summarize(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     } | {name: over_seeds([run[name] for run in runs]) for name in ("fit_s", "calibration_error")}
 
 
+def loaded(name: str) -> TraceList:
+    """One set of traces, by the name it is reported under."""
+    traces = load_traces(TRACES[name])
+    assert isinstance(traces, TraceList)
+    return traces
+
+
+def make_forecaster(args: Args, seed: int) -> Forecaster:
+    """The forecaster as it is measured."""
+    trainer = {"accelerator": args.device}
+    return Forecaster(
+        num_nets=args.num_nets, hidden_dim=args.hidden_dim, seed=seed, trainer=trainer
+    )
+
+
+def measure_settings(
+    args: Args, name: str, seed: int, num_threads: int
+) -> dict[str, dict[str, Any]]:
+    """Every setting of one set of traces with one seed; told to standard error as they come."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    torch.set_num_threads(num_threads)
+    runs = {}
+    for setting, traces in settings_of(loaded(name), name, seed, past_ids=args.past_ids).items():
+        print(f"seed {seed}: {setting}", file=sys.stderr)
+        run = measure(traces, make_forecaster(args, seed), args.max_tokens)
+        closed = ", ".join(f"{slots}: {gap:.1%}" for slots, gap in run["gap_closed"].items())
+        recall = ", ".join(f"{k}: {share:.1%}" for k, share in run["recall"].items())
+        print(f"seed {seed}: {setting}: gap {closed}; recall {recall}", file=sys.stderr)
+        runs[setting] = run
+    return runs
+
+
+def measure_all(args: Args) -> dict[str, list[dict[str, Any]]]:
+    """The runs of all seeds, by setting."""
+    num_threads = max(1, torch.get_num_threads() // args.jobs)
+    todo = [(name, seed) for name in args.traces for seed in args.seeds]
+    if args.jobs == 1:
+        done = [measure_settings(args, *which, num_threads) for which in todo]
+    else:  # spawned: a forked process cannot use a GPU that its parent has used
+        with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+            started = [pool.submit(measure_settings, args, *which, num_threads) for which in todo]
+            done = [future.result() for future in started]
+    runs: dict[str, list[dict[str, Any]]] = {}
+    for of_settings in done:
+        for setting, run in of_settings.items():
+            runs.setdefault(setting, []).append(run)
+    return runs
+
+
 def main(argv: Sequence[str]) -> None:
     """Measure, print a table and the JSON line."""
     args = parse_cli(Args, argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    trainer = {"accelerator": args.device}
     if unknown := set(args.traces) - set(TRACES):
         raise SystemExit(f"traces={sorted(unknown)}: must be among {', '.join(TRACES)}")
-    sets: dict[str, TraceList] = {}
-    for name in args.traces:
-        loaded = load_traces(TRACES[name])
-        assert isinstance(loaded, TraceList)
-        sets[name] = loaded
-
-    def forecaster(seed: int) -> Forecaster:
-        return Forecaster(
-            num_nets=args.num_nets, hidden_dim=args.hidden_dim, seed=seed, trainer=trainer
-        )
-
-    timed: dict[str, Any] = {}
-    if args.time_all and "gpt-oss-20b" in sets:
-        fitted, timed = time_fits(sets["gpt-oss-20b"], lambda: forecaster(0))
-        if torch.cuda.is_available():
-            timed["graph_us_per_token"] = graph_us_per_token(fitted)
-            print(f"one token on the GPU: {timed['graph_us_per_token']['median']:.0f} us")
-        print(f"fit on all {timed['num_all_tokens']:,} tokens: {timed['fit_all_s']:.0f} s")
-    runs: dict[str, list[dict[str, Any]]] = {}
-    for seed in args.seeds:
-        settings: dict[str, TraceList] = {}
-        for name, traces in sets.items():
-            settings |= settings_of(traces, name, seed, past_ids=args.past_ids)
-        for name, traces in settings.items():
-            print(f"seed {seed}: {name}", file=sys.stderr)
-            run = measure(traces, forecaster(seed), args.max_tokens)
-            runs.setdefault(name, []).append(run)
-            closed = ", ".join(f"{slots}: {gap:.1%}" for slots, gap in run["gap_closed"].items())
-            recall = ", ".join(f"{k}: {share:.1%}" for k, share in run["recall"].items())
-            print(f"seed {seed}: {name}: gap {closed}; recall {recall}", file=sys.stderr)
+    if args.jobs < 1:
+        raise SystemExit(f"jobs={args.jobs}: must be at least 1")
+    runs = measure_all(args)
     outcome: dict[str, Any] = {
         "seeds": args.seeds,
         "num_nets": args.num_nets,
         "device": _device(args.device),
-        **timed,
+        "jobs": args.jobs,
         "settings": {
             name: {"summary": summarize(of_name), "runs": of_name} for name, of_name in runs.items()
         },

@@ -107,15 +107,25 @@ def _forecaster(result: dict[str, Any]) -> str:
         rows.append([name, *(_points(cell) for cell in cells)])
     shares = ("25 %", "40 %", "50 %")
     header = ["traces", "recall@K", "recall@2K", *(f"gap closed, {share}" for share in shares)]
-    fitted = ""
-    if "fit_all_s" in result:
-        fitted = (
-            f" A fit on all {result['num_all_tokens']:,} tokens of gpt-oss-20b takes "
-            f"{result['fit_all_s']:.0f} s ({result['device']})."
-        )
     return (
-        f"{markdown(header, rows)}\n\nMean (sd) over {len(result['seeds'])} seeds, in per cent."
-        f"{fitted} {_where(result)}"
+        f"{markdown(header, rows)}\n\nMean (sd) over {len(result['seeds'])} seeds, in per cent. "
+        f"Networks on {result['device']}. {_where(result)}"
+    )
+
+
+def _fit_speed(result: dict[str, Any]) -> str:
+    parts = ("features", "training", "calibration", "rule")
+    rows = [
+        [
+            "first" if n == 0 else "again",
+            f"{fit['fit_s']:.1f}",
+            *(f"{fit[f'{part}_s']:.1f}" for part in parts),
+        ]
+        for n, fit in enumerate(result["fits"])
+    ]
+    table = markdown(["fit in a process", "seconds", *parts], rows)
+    return (
+        f"{table}\n\n{result['num_all_tokens']:,} tokens on {result['device']}. {_where(result)}"
     )
 
 
@@ -201,6 +211,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode_gptoss20b": _decode,
     "demo": _demo,
     "embedders": _embedders,
+    "fit_speed": _fit_speed,
     "forecaster": _forecaster,
     "gptoss20b": _demo,
     "index": _index,

@@ -143,6 +143,12 @@ class Forecaster(Predictor):
             MoecastError: A recorded probability is not finite.
             ValueError: Nothing to fit on, or training diverged.
         """
+        from predictors.fit.allocator import freed_memory_kept
+
+        with freed_memory_kept():
+            return self._fit(traces)
+
+    def _fit(self, traces: TraceSet) -> FitReport:
         laps_s = [time.perf_counter()]
         from predictors.fit.fitting_set import vocabulary, within_memory
         from predictors.fit.forecaster import examples_of, fit_net  # loads lightning

@@ -16,7 +16,7 @@ import lightning
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from data.schema import Trace
@@ -111,41 +111,23 @@ def _distances(uses_TLE: Tensor) -> Tensor:
     return distance_TLE
 
 
-class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
-    """A network in training.
+class Loss(nn.Module):
+    """Cross-entropy of all three outputs, for rows of the examples.
 
     Args:
-        examples: What it is trained on; it moves to the trainer's device as a whole.
-        net: The sizes that `ForecasterNet` takes.
+        net: What says them.
+        examples: On the net's device.
         discounts: G of them.
-        learning_rate: The highest; it warms up over a tenth of the steps and falls as a cosine.
-        weight_decay: On matrices, but not on embeddings and on an expert's own terms.
     """
 
-    def __init__(
-        self,
-        *,
-        examples: Examples,
-        net: dict[str, Any],
-        discounts: Sequence[float],
-        learning_rate: float,
-        weight_decay: float,
-    ) -> None:
+    def __init__(self, net: ForecasterNet, examples: Examples, discounts: Sequence[float]) -> None:
         super().__init__()
-        self.examples = examples
-        self.net = ForecasterNet(**net)
-        self.discounts = tuple(discounts)
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        sample = examples.examples_M[:: max(1, len(examples.examples_M) // 4096)]
-        next_BLE, ahead_BLE, later_BLGE = self._targets(sample)
-        self.net.start_at(next_BLE.mean(0), ahead_BLE.mean(0), later_BLGE.mean(0))
+        self.net, self.examples = net, examples
+        device = examples.distance_NLE.device
+        self.discounts_G1 = torch.tensor(discounts, device=device)[:, None]
 
-    def on_fit_start(self) -> None:
-        """Bring the examples to the device."""
-        self.examples = Examples(*(tensor.to(self.device) for tensor in self.examples))
-
-    def training_step(self, rows_B: Tensor) -> Tensor:
-        """Cross-entropy of all three outputs."""
+    def forward(self, rows_B: Tensor) -> Tensor:
+        """One number, in nats; ``rows_B`` are int64 rows that belong to a token."""
         past_NRLE, copies_NRLE = self.examples.past_NRLE, self.examples.copies_NRLE
         copies_BRLE = copies_NRLE[rows_B].float()
         before_BRLE, after_BRLE = (
@@ -156,9 +138,71 @@ class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-i
         outputs = (said.next_BLE, said.ahead_BLE, self.net.after(said, after_BRLE))
         losses = [
             F.binary_cross_entropy_with_logits(output.float(), target)
-            for output, target in zip(outputs, self._targets(rows_B), strict=True)
+            for output, target in zip(outputs, self.targets(rows_B), strict=True)
         ]
-        loss = torch.stack(losses).sum()
+        return torch.stack(losses).sum()
+
+    def targets(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What next, ahead and later should have said, as probabilities."""
+        distance_NLE = self.examples.distance_NLE
+        before_BLE, after_BLE = distance_NLE[rows_B].float(), distance_NLE[rows_B + 1].float()
+        return (
+            (before_BLE == 1).float(),
+            (self.discounts_G1 ** (before_BLE[:, :, None] - 1)).mean(2),
+            self.discounts_G1 ** (after_BLE[:, :, None] - 1),
+        )
+
+
+class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-ignore]
+    """A network in training.
+
+    On one GPU, the loss and its gradients are captured in CUDA graphs: hundreds of kernels so small
+    that launching them takes longer than they run.
+
+    Args:
+        examples: What it is trained on; it moves to the trainer's device as a whole.
+        net: The sizes that `ForecasterNet` takes.
+        discounts: G of them.
+        batch_size: Rows of every step.
+        learning_rate: The highest; it warms up over a tenth of the steps and falls as a cosine.
+        weight_decay: On matrices, but not on embeddings and on an expert's own terms.
+    """
+
+    def __init__(
+        self,
+        *,
+        examples: Examples,
+        net: dict[str, Any],
+        discounts: Sequence[float],
+        batch_size: int,
+        learning_rate: float,
+        weight_decay: float,
+    ) -> None:
+        super().__init__()
+        self.examples = examples
+        self.net = ForecasterNet(**net)
+        self.discounts = tuple(discounts)
+        self.batch_size = batch_size
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        sample = examples.examples_M[:: max(1, len(examples.examples_M) // 4096)]
+        next_BLE, ahead_BLE, later_BLGE = Loss(self.net, examples, self.discounts).targets(sample)
+        self.net.start_at(next_BLE.mean(0), ahead_BLE.mean(0), later_BLGE.mean(0))
+
+    def on_fit_start(self) -> None:
+        """Bring the examples to the device."""
+        self.examples = Examples(*(tensor.to(self.device) for tensor in self.examples))
+        loss: Any = Loss(self.net, self.examples, self.discounts)
+        if self.device.type == "cuda" and self.trainer.world_size == 1:
+            bf16 = self.trainer.precision == "bf16-mixed"
+            # Casts that autocast remembers would belong to the warm-up, not to the graph.
+            with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
+                rows_B = self.examples.examples_M[: self.batch_size]
+                loss = torch.cuda.make_graphed_callables(loss, (rows_B,))
+        self._loss = [loss]  # in a list: its parameters are the network's, registered once
+
+    def training_step(self, rows_B: Tensor) -> Tensor:
+        """The loss of one batch."""
+        loss: Tensor = self._loss[0](rows_B)
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -185,17 +229,6 @@ class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-i
             "lr_scheduler": {"scheduler": schedule, "interval": "step"},
         }
 
-    def _targets(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What next, ahead and later should have said, as probabilities."""
-        distance_NLE = self.examples.distance_NLE
-        before_BLE, after_BLE = distance_NLE[rows_B].float(), distance_NLE[rows_B + 1].float()
-        discounts_G1 = torch.tensor(self.discounts, device=before_BLE.device)[:, None]
-        return (
-            (before_BLE == 1).float(),
-            (discounts_G1 ** (before_BLE[:, :, None] - 1)).mean(2),
-            discounts_G1 ** (after_BLE[:, :, None] - 1),
-        )
-
 
 def fit_net(
     examples: Examples,
@@ -218,18 +251,20 @@ def fit_net(
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        runner = make_trainer(trainer, max_epochs=epochs, prefer_bf16=True)
+        rows: Any = examples.examples_M.tolist()
+        batch_size = min(batch_size, max(1, len(rows) // runner.world_size))
         module = ForecasterModule(
             examples=examples,
             net=net,
             discounts=discounts,
+            batch_size=batch_size,
             learning_rate=learning_rate,
             weight_decay=weight_decay,
         )
-        runner = make_trainer(trainer, max_epochs=epochs, prefer_bf16=True)
-        rows: Any = examples.examples_M.tolist()
         loader: DataLoader[int] = DataLoader(
             rows,
-            batch_size=min(batch_size, max(1, len(rows) // runner.world_size)),
+            batch_size=batch_size,
             shuffle=True,
             drop_last=True,
             collate_fn=torch.tensor,

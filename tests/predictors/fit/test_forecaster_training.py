@@ -55,3 +55,15 @@ def test_targets_are_the_experts_that_ran() -> None:
 def test_a_loss_that_is_not_finite_is_said() -> None:
     with pytest.raises(ValueError, match=r"lower learning_rate=1e\+30"):
         Forecaster(**{**SMALL, "learning_rate": 1e30}).fit(periodic_traces())
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_the_same_from_captured_steps_each_time() -> None:
+    settings = {**SMALL["trainer"], "accelerator": "gpu"}
+    traces = periodic_traces()
+    fitted = [Forecaster(**{**SMALL, "trainer": settings}) for _ in range(2)]
+    for predictor in fitted:
+        predictor.fit(traces)
+    assert evaluate_recall(fitted[0], traces).recall > 0.95
+    again = fitted[1].tensors()
+    assert all(torch.equal(tensor, again[n]) for n, tensor in fitted[0].tensors().items())
