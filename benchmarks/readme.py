@@ -124,9 +124,7 @@ def _fit_speed(result: dict[str, Any]) -> str:
         for n, fit in enumerate(result["fits"])
     ]
     table = markdown(["fit in a process", "seconds", *parts], rows)
-    return (
-        f"{table}\n\n{result['num_all_tokens']:,} tokens on {result['device']}. {_where(result)}"
-    )
+    return f"{table}\n\n{result['num_all_tokens']:,} tokens on {result['device']}. {_where(result)}"
 
 
 def _layer_recall(result: dict[str, Any]) -> str:
