@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+CLIENTS := $(VENV)/clients
+WANTED := tests/runtime/server/stock/requirements.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-slow test-gpu check fmt clean
+.PHONY: help demo serve clients test test-slow test-gpu check fmt clean
 
 help: ## List what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -19,16 +21,25 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
+# Programs of other people that the server is tested with; why apart is said in their list.
+$(CLIENTS)/.installed: $(WANTED) $(INSTALLED)
+	@echo "Installing into $(CLIENTS) (half a minute, once)"
+	@rm -rf $(CLIENTS)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(CLIENTS) -r $(WANTED)
+	@touch $@
+
+clients: $(CLIENTS)/.installed ## Install guidellm and lm-eval, which the server is tested with
+
 demo: $(INSTALLED) ## Collect routing from the embedded MoE, fit a predictor, show how good it is
 	$(BIN)/python train.py predictor=semantic
 
 serve: $(INSTALLED) ## Serve the embedded MoE with a quarter of its experts resident
 	$(BIN)/python serve.py
 
-test: $(INSTALLED) ## Run the tests (two processes, no network, no GPU)
+test: clients ## Run the tests (two processes, no network, no GPU)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-test-slow: $(INSTALLED) ## Run the slow tests too
+test-slow: clients ## Run the slow tests too
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m 'not gpu'
 
 test-gpu: $(INSTALLED) ## Run the tests that need a CUDA device
