@@ -2,11 +2,11 @@
 
 The ``vllm:`` names and meanings are those that existing dashboards query; those of the paged KV
 cache stay at 0 where sequences run one at a time. What the engine does is counted as it happens;
-what it and the expert cache count themselves is read at each scrape, so that nothing is counted
-twice.
+what it and the expert cache count themselves is read at each scrape (the cache's counters by
+`runtime.server.expert_counts`), so that nothing is counted twice.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -15,6 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from runtime.backend import OffloadStats
+from runtime.server.expert_counts import Counted, ExpertCounts
 from runtime.server.generation import GenerationEngine
 from runtime.server.sequence import ExpertOffload, Generation, Outcome
 
@@ -78,7 +79,10 @@ class ServerMetrics:
         kv_usage.set_function(lambda: engine.kv_usage)
         self.registry.register(EngineCollector(engine, model_name=model_name))
         if engine.offload is not None:
-            self.registry.register(ExpertCollector(engine.offload, model_name=model_name))
+            counts = ExpertCounts(engine, engine.offload)
+            self.registry.register(
+                ExpertCollector(engine.offload, counts=counts, model_name=model_name)
+            )
 
     def text(self) -> bytes:
         """All metrics in Prometheus' text format."""
@@ -197,16 +201,25 @@ class ExpertCollector(Collector):
 
     Args:
         offload: Whose.
+        counts: Reads them.
         model_name: Label of every metric.
     """
 
-    def __init__(self, offload: ExpertOffload, *, model_name: str) -> None:
+    def __init__(
+        self, offload: ExpertOffload, *, counts: Callable[[], Counted], model_name: str
+    ) -> None:
         self._offload = offload
+        self._counts = counts
         self._model_name = model_name
 
     def collect(self) -> Iterator[Metric]:
-        """The counters as they are now."""
-        stats, spec = self._offload.stats(), self._offload.spec
+        """The counters as they are now, or were when the engine last had time to read them."""
+        (stats, age_s), spec = self._counts(), self._offload.spec
+        yield self._gauge(
+            "counters_age_seconds",
+            "How old these figures are: 0, or more within a long step and when the engine ends.",
+            age_s,
+        )
         yield self._counter(
             "cache_hits", "Experts needed by a layer's tokens and found in a slot.", stats.hits
         )

@@ -133,6 +133,7 @@ def test_expert_metrics_are_the_offloads_own_counters(serve: Serve) -> None:
         "moecast_expert_miss_bytes_total": 5000,
         "moecast_expert_stall_seconds_total": 1.5,
         "moecast_expert_cache_capacity_bytes": 3 * 100 + 2 * 200,
+        "moecast_expert_counters_age_seconds": 0,
     }
     offload.counted.hits = 71
     assert samples(client)["moecast_expert_cache_hits_total"] == 71

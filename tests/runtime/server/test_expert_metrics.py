@@ -6,6 +6,7 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry
 
 from runtime.backend import OffloadStats
+from runtime.server.expert_counts import Counted
 from runtime.server.metrics import ExpertCollector
 from tests.runtime.server.fakes import FakeOffload
 
@@ -16,10 +17,10 @@ NOTHING: dict[str, Any] = dict.fromkeys(
 
 def shown(**counted: Any) -> dict[str, float]:
     """The samples of such stats by name and labels, the model's left out."""
-    offload = FakeOffload()
-    offload.counted = OffloadStats(**{**NOTHING, **counted})
+    said = Counted(OffloadStats(**{**NOTHING, **counted}), age_s=0.0)
     registry = CollectorRegistry()
-    registry.register(ExpertCollector(cast(Any, offload), model_name="m"))
+    offload = cast(Any, FakeOffload())
+    registry.register(ExpertCollector(offload, counts=lambda: said, model_name="m"))
     found = {}
     for metric in registry.collect():
         for sample in metric.samples:
@@ -54,6 +55,7 @@ def test_a_cpu_shows_nothing_of_a_device() -> None:
         "miss_bytes_total",
         "stall_seconds_total",
         "cache_capacity_bytes",
+        "counters_age_seconds",
     }
 
 
