@@ -12,6 +12,7 @@ from fastapi.concurrency import run_in_threadpool
 
 from runtime.server import errors
 from runtime.server.dashboard import PAGE_PATH, Look, dashboard_routes
+from runtime.server.docs_page import docs_routes
 from runtime.server.front import Front
 from runtime.server.generation import GenerationEngine
 from runtime.server.generation_routes import generation_routes
@@ -48,12 +49,21 @@ def create_app(
         # uvicorn has waited for open requests already, as long as it was told to.
         await run_in_threadpool(engine.shutdown)
 
-    # No redirects: "/health/" is not "/health", and a Host header makes up no address.
-    app = FastAPI(title="moecast", version=version, lifespan=lifespan, redirect_slashes=False)
+    # No redirects: "/health/" is not "/health", and a Host header makes up no address. No pages of
+    # FastAPI's: they load scripts from another host.
+    app = FastAPI(
+        title="moecast",
+        version=version,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
     errors.install(app)
     app.include_router(operation_routes(front, metrics, version=version))
     app.include_router(generation_routes(front))
     app.include_router(dashboard_routes(live))
+    app.include_router(docs_routes(lambda: app.openapi()))
     app.state.end_streams = live.close  # what has no end by itself, before a shutdown waits for it
     open_paths = frozenset({"/health", PAGE_PATH, *(["/metrics"] if options.open_metrics else [])})
     # The one added last is passed first.

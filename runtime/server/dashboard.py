@@ -14,9 +14,7 @@ Shape letters: L MoE layers · E experts per layer.
 """
 
 import base64
-import hashlib
 import json
-import re
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -24,7 +22,6 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Response
-from fastapi.responses import HTMLResponse
 from torch import Tensor
 
 from runtime.backend import OffloadStats
@@ -33,6 +30,7 @@ from runtime.server.answers import EventStream
 from runtime.server.generation import GenerationEngine
 from runtime.server.live import Live
 from runtime.server.metrics import ServerMetrics
+from runtime.server.pages import page_response
 from runtime.server.sequence import EngineUnavailableError, ExpertOffload
 
 PAGE_PATH = "/dashboard"
@@ -50,17 +48,11 @@ def dashboard_routes(live: Live) -> APIRouter:
     """
     router = APIRouter(include_in_schema=False)
     page = files("runtime.server").joinpath("dashboard.html").read_text(encoding="utf-8")
-    headers = {
-        "Content-Security-Policy": content_policy(page),
-        "Cache-Control": "no-cache",
-        "Referrer-Policy": "no-referrer",
-        "X-Content-Type-Options": "nosniff",
-    }
 
     @router.get(PAGE_PATH)
     async def show_page() -> Response:
         """The page."""
-        return HTMLResponse(page, headers=headers)
+        return page_response(page)
 
     @router.get(f"{PAGE_PATH}/events")
     async def stream() -> Response:
@@ -68,25 +60,6 @@ def dashboard_routes(live: Live) -> APIRouter:
         return EventStream(live.join())
 
     return router
-
-
-def content_policy(page: str) -> str:
-    """A Content-Security-Policy that lets ``page`` run its own style and script and nothing else.
-
-    Both are named by their hashes, so that no text which slips into the page could ever run; the
-    page may talk to this server alone.
-    """
-
-    def hashes(tag: str) -> str:
-        texts = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
-        digests = [hashlib.sha256(text.encode()).digest() for text in texts]
-        return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
-
-    return (
-        f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
-        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
 
 
 class Look:

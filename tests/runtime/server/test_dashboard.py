@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from runtime.expert_view import ExpertView
-from runtime.server.dashboard import cells_3LE, content_policy
+from runtime.server.dashboard import cells_3LE
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
+from runtime.server.pages import content_policy
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.dashboard_pages import served
 from tests.runtime.server.fakes import WAIT_S, wait_until
