@@ -11,6 +11,7 @@ own, behind their names. No pickle. `kind` is looked up in `predictors.registry`
 read from a file.
 """
 
+import hashlib
 import json
 import logging
 import platform
@@ -23,7 +24,7 @@ import faiss
 import pydantic
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 from data.errors import DamagedFileError, SpecMismatchError
 from data.files import atomic_dir, sha256_file, write_json
@@ -220,17 +221,25 @@ def load_artifact(path: Path, *, expect: MoESpec | None = None) -> Predictor:
         raise SpecMismatchError(
             f"artifact {path} was made for another model than the one to be served: {difference}"
         )
+    state = b""  # which every manifest names
     for name, checksum in manifest.files.items():
         file = path / name
         if file.parent != path:
             raise DamagedFileError(path / MANIFEST, f"names a file outside the folder: {name}")
         if not file.is_file():
             raise DamagedFileError(file, "missing")
-        if sha256_file(file) != checksum:
+        if name == STATE:
+            # Read once, and into memory: who maps the file sees what is written into it later, and
+            # dies of a bus error when it is made shorter, as a copy over it begins with.
+            state = file.read_bytes()
+            found = hashlib.sha256(state).hexdigest()
+        else:
+            found = sha256_file(file)
+        if found != checksum:
             raise DamagedFileError(file, "its SHA-256 is not the manifest's")
     predictor = _constructed(manifest, path)
     try:
-        predictor.load_state(spec, load_file(path / STATE))
+        predictor.load_state(spec, load(state))
     except (safetensors.SafetensorError, KeyError, RuntimeError, ValueError) as error:
         raise DamagedFileError(path / STATE, f"cannot be read ({error})") from error
     for name, one in _index_files(predictor):
