@@ -179,7 +179,7 @@ def test_an_altered_file_is_named(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_what_is_written_into_the_files_later_changes_nothing(tmp_path: Path, name: str) -> None:
-    """A copy over a served artifact: were its file mapped, the shorter one would kill the process."""
+    """A copy over a served artifact begins by cutting it; were it mapped, that would kill us."""
     path, trace = export(tmp_path / "a", name), random_traces()[3]
     expected, loaded = load_artifact(path).walk(trace), load_artifact(path)
     for file in path.iterdir():
