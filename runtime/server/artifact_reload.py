@@ -112,12 +112,17 @@ class ArtifactReloader:
         self.request()
 
     def _watch(self) -> None:
-        while True:
-            self._asked.wait(self._poll_s or None)
-            self._asked.clear()
-            if self._is_over:
-                return
-            self._look()
+        while not self._is_over:
+            try:
+                self._asked.wait(self._poll_s or None)
+                self._asked.clear()
+                if not self._is_over:
+                    self._look()
+            except BaseException:  # who is killed, too, must go on: nobody else hears SIGHUP
+                logger.critical(
+                    "A look for artifacts was broken off; the next follows", exc_info=True
+                )
+                self._asked.set()  # it may have been asked for
 
     def _look(self) -> None:
         is_forced, self._is_forced = self._is_forced, False

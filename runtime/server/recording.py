@@ -101,13 +101,15 @@ class TrafficRecorder:
         self._max_requests = max_requests
         self._key = secrets.token_bytes(32)
         self._pending: queue.Queue[Routed | None] = queue.Queue(_MAX_PENDING)
-        self.num_recorded = self.num_dropped = 0
+        self._shard: list[Trace] = []  # of the thread below: to be written together
+        self.num_recorded = self.num_dropped = self._num_offered = 0
         self.is_active = True
         self._thread = threading.Thread(target=self._write, name="recording", daemon=True)
         self._thread.start()
 
     def add(self, routed: Routed) -> None:
         """Take a request; returns at once."""
+        self._num_offered += 1
         try:
             if not self.is_active:
                 raise queue.Full
@@ -117,6 +119,7 @@ class TrafficRecorder:
 
     def leave_out(self) -> None:
         """Count an answered request whose routing nobody read, since the recording has ended."""
+        self._num_offered += 1
         self.num_dropped += 1
 
     def close(self) -> None:
@@ -126,26 +129,35 @@ class TrafficRecorder:
             self._thread.join()
 
     def _write(self) -> None:
-        shard: list[Trace] = []
+        try:
+            self._write_until_closed()
+        except BaseException:  # a thread that is killed, too, shall not go silently
+            logger.critical("Recording ends: its thread was broken off", exc_info=True)
+            self.is_active = False
+            self.num_dropped = self._num_offered - self.num_recorded
+        finally:
+            self._appender.close()
+
+    def _write_until_closed(self) -> None:
         deadline_s = 0.0
         is_open = True
         while is_open:
             try:
-                wait_s = max(0.0, deadline_s - time.monotonic()) if shard else None
+                wait_s = max(0.0, deadline_s - time.monotonic()) if self._shard else None
                 routed = self._pending.get(timeout=wait_s)
                 is_open = routed is not None
                 if routed is not None and self.is_active:
-                    shard += self._traces(routed)
-                    deadline_s = deadline_s if len(shard) > 1 else time.monotonic() + _SHARD_S
+                    self._shard += self._traces(routed)
+                    is_first = len(self._shard) == 1
+                    deadline_s = time.monotonic() + _SHARD_S if is_first else deadline_s
                 elif routed is not None:
                     self.num_dropped += 1
             except queue.Empty:
                 pass
-            is_due = len(shard) >= _SHARD_REQUESTS or time.monotonic() >= deadline_s
-            if shard and (is_due or not is_open):
-                self._append(shard)
-                shard = []
-        self._appender.close()
+            is_due = len(self._shard) >= _SHARD_REQUESTS or time.monotonic() >= deadline_s
+            if self._shard and (is_due or not is_open):
+                self._append(self._shard)
+                self._shard = []
 
     def _append(self, shard: list[Trace]) -> None:
         try:

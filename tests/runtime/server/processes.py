@@ -5,8 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -23,10 +26,10 @@ _SET_BY_USERS = ("MOECAST_API_KEY", "PYTHONPATH")
 
 
 class ServerProcess:
-    """A server on a free port of this machine, stopped at the end; a context manager.
+    """A server on a free port of this machine, ended at the end; a context manager.
 
     Args:
-        folder: Where it keeps everything that it makes, its log among it.
+        folder: Where it keeps everything that it makes.
         overrides: Options of `serve.py`.
         command: What is run instead of `serve.py`, with the same options.
     """
@@ -34,23 +37,19 @@ class ServerProcess:
     def __init__(
         self, folder: Path, overrides: Sequence[str] = (), *, command: Sequence[str] = ("serve.py",)
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = folder / "server.log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    *command,
-                    "device=cpu",
-                    "serve.port=0",
-                    f"paths.root={folder}",
-                    *overrides,
-                ],
-                cwd=ROOT,
-                env=bare_environment(),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+        options = ["device=cpu", "serve.port=0", f"paths.root={folder}", *overrides]
+        self._process = subprocess.Popen(
+            [sys.executable, *command, *options],
+            cwd=ROOT,
+            env=bare_environment(),
+            stdout=subprocess.PIPE,  # no file: those may be limited in size
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._clients = ExitStack()
+        self._lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def __enter__(self) -> Self:
         try:
@@ -66,13 +65,14 @@ class ServerProcess:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._clients.close()
         self._process.kill()
-        self._process.wait()
+        self.wait()
 
     @property
     def log(self) -> str:
-        """What it has logged so far."""
-        return self._log.read_text()
+        """What it has printed so far."""
+        return "".join(self._lines)
 
     @property
     def address(self) -> str:
@@ -81,11 +81,21 @@ class ServerProcess:
         assert port is not None, self.log
         return f"http://127.0.0.1:{port[1]}"
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether it says that it answers requests."""
+        try:
+            return httpx.get(f"{self.address}/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    @cached_property
     def client(self) -> openai.OpenAI:
-        """A client that asks once."""
-        return openai.OpenAI(
+        """A client that asks once; for any thread."""
+        client = openai.OpenAI(
             base_url=f"{self.address}/v1", api_key="none", max_retries=0, timeout=60
         )
+        return self._clients.enter_context(client)
 
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
@@ -93,7 +103,9 @@ class ServerProcess:
 
     def wait(self) -> int:
         """Wait for its end; the exit status."""
-        return self._process.wait(timeout=START_S)
+        status = self._process.wait(timeout=START_S)
+        self._reader.join()
+        return status
 
     def metric(self, name: str) -> float:
         """The value of the one sample of this name."""
@@ -101,18 +113,18 @@ class ServerProcess:
         (line,) = [line for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line)]
         return float(line.rsplit(" ", 1)[1])
 
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as printed:
+            for line in printed:
+                self._lines.append(line)
+
     def _wait_until_ready(self) -> None:
         deadline_s = time.monotonic() + START_S
-        while time.monotonic() < deadline_s:
+        while not (_PORT.search(self.log) and self.is_healthy):
             assert self._process.poll() is None, f"the server has ended:\n{self.log}"
-            if _PORT.search(self.log):
-                try:
-                    if httpx.get(f"{self.address}/health").status_code == 200:
-                        return
-                except httpx.TransportError:
-                    pass
+            assert time.monotonic() < deadline_s, f"not ready in {START_S:g} s:\n{self.log}"
             time.sleep(0.05)
-        raise AssertionError(f"the server was not ready in {START_S:g} s:\n{self.log}")
 
 
 def bare_environment(**more: str) -> Mapping[str, str]:
