@@ -17,17 +17,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from typing import Any, Literal
 
 import torch
 
+from runtime.server.admission import tokens_allowed
 from runtime.server.artifact_reload import ArtifactReloader
+from runtime.server.changes import Change
 from runtime.server.model_facts import context_tokens, eos_ids
 from runtime.server.recording import TrafficRecorder
 from runtime.server.routing import can_tell_routing
 from runtime.server.sequence import (
-    ContextLengthError,
     EngineObserver,
     EngineUnavailableError,
     ExpertOffload,
@@ -125,7 +125,7 @@ class GenerationEngine:
         # Guards everything below; notified when a sequence arrives or the state changes.
         self._changed = threading.Condition()
         self._waiting: deque[Generation] = deque()  # not yet given to the worker
-        self._changes: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._changes: deque[Change] = deque()
         self._open: set[Generation] = set()  # these, and those that the worker has
         self._state: EngineState = "loading"
         self._failure: BaseException | None = None
@@ -196,7 +196,12 @@ class GenerationEngine:
             QueueFullError: There is no room now.
             EngineUnavailableError: The engine takes nothing any more.
         """
-        limits = [self._max_tokens(request) for request in requests]
+        limits = [
+            tokens_allowed(
+                request, context_tokens=self.max_context_tokens, vocab_size=self.vocab_size
+            )
+            for request in requests
+        ]
         if len(requests) > self.capacity:
             raise ValueError(
                 f"{len(requests)} sequences (prompts x n) in one request: this server takes "
@@ -226,18 +231,13 @@ class GenerationEngine:
             EngineUnavailableError: The engine does not run, or did not begin it in time.
             Exception: What ``change`` raised.
         """
-        done: Future[None] = Future()
+        asked = Change(change)
         with self._changed:
             if self._state not in ("loading", "ready"):
                 raise EngineUnavailableError(self._why_unavailable())
-            self._changes.append((change, done))
+            self._changes.append(asked)
             self._changed.notify_all()
-        try:
-            done.result(timeout_s)
-        except TimeoutError:
-            if done.cancel():
-                raise EngineUnavailableError("the engine was busy for too long") from None
-            done.result()  # it is being done, and will have been
+        asked.wait(timeout_s)
 
     def shutdown(self, *, drain_s: float = 0.0) -> None:
         """Take no more sequences, finish those submitted within ``drain_s``, and end the thread.
@@ -250,31 +250,6 @@ class GenerationEngine:
             self._thread.join(drain_s)
             self._move("stopped", among=("draining",))
             self._thread.join()
-
-    def _max_tokens(self, request: GenerationRequest) -> int:
-        """How many tokens ``request`` may get; raises where it cannot be served at all."""
-        num_prompt, limit = len(request.prompt_ids), self.max_context_tokens
-        if not num_prompt:
-            raise ValueError("the prompt has no tokens: at least 1 is needed")
-        for token_id in request.prompt_ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"token id {token_id}: the model has 0..{self.vocab_size - 1}")
-        room = limit - num_prompt
-        if room < 1:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens, the model's context {limit}: "
-                f"at most {limit - 1} leave room for an answer"
-            )
-        if request.max_tokens is None:
-            return min(room, request.default_max_tokens or room)
-        if request.max_tokens < 1:
-            raise ValueError(f"max_tokens={request.max_tokens}: must be at least 1")
-        if request.max_tokens > room:
-            raise ContextLengthError(
-                f"the prompt has {num_prompt} tokens and {request.max_tokens} more are asked for: "
-                f"{num_prompt + request.max_tokens} in all, the model's context is {limit}"
-            )
-        return request.max_tokens
 
     def _discard(self, generation: Generation) -> None:
         """Give a cancelled sequence's place in the queue back at once."""
@@ -347,17 +322,8 @@ class GenerationEngine:
             ):
                 self._changed.wait()
             changes, self._changes = self._changes, deque()
-        for change, done in changes:
-            if done.set_running_or_notify_cancel():
-                try:
-                    change()
-                except Exception as error:
-                    done.set_exception(error)
-                except BaseException:
-                    done.set_exception(EngineUnavailableError("the engine was interrupted"))
-                    raise
-                else:
-                    done.set_result(None)
+        for change in changes:
+            change.make()
         with self._changed:
             if self._state in ("ready", "draining"):
                 while self._waiting and self._worker.has_room:
