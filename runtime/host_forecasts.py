@@ -142,7 +142,15 @@ class HostForecasts(DevicePasses):
         self._news.put(_News(arrived, arriving, maps_BTLE, self._fed_tokens))
 
     def _run(self) -> None:
-        """The thread's life."""
+        """The thread's life; whatever ends it is raised at the model's next pass."""
+        try:
+            self._show_all()
+        except Exception as error:
+            self._error = error
+        except BaseException as error:  # who kills this thread does not mean the model's
+            self._error = RuntimeError(f"its thread was broken off: {type(error).__name__}")
+
+    def _show_all(self) -> None:
         while True:
             waiting = [self._news.get()]
             while not self._news.empty():
@@ -150,15 +158,11 @@ class HostForecasts(DevicePasses):
             if None in waiting:
                 return
             for news in self._wanted([news for news in waiting if news is not None]):
-                try:
-                    forecast = self._mirror.show(news)
-                    if forecast is not None and not self._is_off:
-                        self._inbox.post(forecast, news.fed_tokens)
-                except Exception as error:
-                    self._error = error
-                    return
+                forecast = self._mirror.show(news)
                 if self._is_off:
                     return
+                if forecast is not None:
+                    self._inbox.post(forecast, news.fed_tokens)
                 self.num_shown += 1
 
     def _wanted(self, waiting: list["_News"]) -> list["_News"]:

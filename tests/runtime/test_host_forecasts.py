@@ -46,6 +46,7 @@ class HostHabit(Habit):
         self.may_go_on.set()
         self.is_asked = threading.Event()
         self.fails_at: int | None = None
+        self.error: BaseException = ZeroDivisionError("nobody has thought of this")
         self.prompts: list[str | None] = []
         self.tokens: list[tuple[int, int | None, int | None]] = []
         self.states: list[State] = []
@@ -66,7 +67,7 @@ class HostHabit(Habit):
         (number,) = [n for n, known in enumerate(self.states) if known is state]
         self.tokens.append((number, ids["token_id"], ids["next_token_id"]))
         if len(self.tokens) == self.fails_at:
-            raise ZeroDivisionError("nobody has thought of this")
+            raise self.error
         return super().on_token(state, expert_map_LE, **ids)
 
 
@@ -227,11 +228,23 @@ def test_forecasts_are_those_of_the_recorded_routing_and_their_age_is_counted(
     watched.forecasts.remove()
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ZeroDivisionError("nobody has thought of this"), "nobody has thought of this"),
+        (SystemExit(), "its thread was broken off: SystemExit"),
+    ],
+    ids=["fails", "killed"],
+)
 def test_a_predictor_that_fails_is_switched_off_and_nobody_else_notices(
-    model: Any, habit: HostHabit, caplog: pytest.LogCaptureFixture
+    model: Any,
+    habit: HostHabit,
+    caplog: pytest.LogCaptureFixture,
+    error: BaseException,
+    said: str,
 ) -> None:
     stock = generate(model)
-    habit.fails_at = len(PROMPT)
+    habit.fails_at, habit.error = len(PROMPT), error
     with attach_as_device(model, policy="forecast", predictor=habit, graph=True) as offload:
         assert torch.equal(generate(model), stock)
         wait_until(lambda: offload._predictor.observer._error is not None)
@@ -239,7 +252,7 @@ def test_a_predictor_that_fails_is_switched_off_and_nobody_else_notices(
         stats = offload.stats()
     assert stats.predictor_failed
     assert caplog.text.count("Predictor host_habit has failed and is switched off") == 1
-    assert "nobody has thought of this" in caplog.text
+    assert said in caplog.text
 
 
 def test_on_the_cpu_a_predictor_that_fails_is_switched_off_too(
