@@ -7,7 +7,7 @@ each request would fare (Eq. 3), and takes, strictest first, those by whom no ru
 loses an objective that it would keep otherwise.
 
 A decision alone: no clock, no queue, no model. Times, costs and what runs are arguments, so that
-the server, a simulation (`benchmarks.slo_scheduling`) and tests ask the very same object.
+the server, a simulation (`benchmarks.slo_simulation`) and tests ask the very same object.
 
 Where it departs from the paper, and why:
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.slo_scheduling import Job, Moment, Options, make_jobs, run, simulate
+from benchmarks.slo_scheduling import Options, make_jobs, run
+from benchmarks.slo_simulation import Job, Moment, simulate
 from benchmarks.step_costs import Options as StepOptions
 from benchmarks.step_costs import fit, measure
 from runtime.scheduler import SloRequest, StepCosts

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.slo_scheduling import Job, Moment, Served, simulate
+from benchmarks.slo_simulation import Job, Moment, Served, simulate
 from runtime.scheduler import (
     Progress,
     SloRequest,
