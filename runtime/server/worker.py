@@ -25,13 +25,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from data.observe import RouterRecorder
 from runtime.observed_request import PassRow
 from runtime.server.batched_path import BatchedPath
 from runtime.server.decoding import Decoding
 from runtime.server.path_times import time_paths
 from runtime.server.recording import TrafficRecorder
-from runtime.server.routing import VllmLayout, can_tell_routing
+from runtime.server.routing_tap import RoutingTap
 from runtime.server.sampling import TokenLogprobs
 from runtime.server.sequence import (
     EngineObserver,
@@ -103,9 +102,7 @@ class Worker:
         self._offload = offload
         self._scheduler = scheduler
         self._recorder = recorder
-        self._tap: RouterRecorder | None = None
-        self._layout = VllmLayout(model) if can_tell_routing(model) else None
-        self._rows: Sequence[PassRow] = ()  # of the passes since routing was last taken
+        self._tap = RoutingTap(model, is_wanted=self._wants_routing)
         self._keys = (str(number) for number in itertools.count())
         self._single = SinglePath(
             model, announce=self._announce, captured_cache=self._captured_cache
@@ -145,7 +142,7 @@ class Worker:
                 "Recording reads every router, which captured decode steps do not show: none is "
                 "replayed until it ends, and tokens take longer"
             )
-        self._see_routers(on=False)
+        self._tap.close()
         self._announce([PassRow("try-out", "", [0], [0], position=0)])
         self._single.try_out()
         if self._offload is not None:
@@ -155,7 +152,7 @@ class Worker:
             self._mode = "single"
         if self._mode != "single" and self._batch is None:
             self._choose_mode()
-        self._see_routers(on=True)
+        self._tap.begin_anew()
 
     def _choose_mode(self) -> None:
         if self._mode == "auto":
@@ -187,8 +184,8 @@ class Worker:
     def step(self) -> bool:
         """Run what can run for one token each; whether anything was computed."""
         self._drop_cancelled()
-        if self._tap is not None and not self.records:
-            self._see_routers(on=True)  # only if somebody still asks
+        if self._tap.is_on and not self.records:
+            self._tap.begin_anew()  # only if somebody still asks
         self._place()
         has_run = self._step_batch()
         return self._step_single() or has_run
@@ -208,39 +205,22 @@ class Worker:
 
     def close(self) -> None:
         """Free the batch and write what is recorded; the model is as it was."""
-        self._see_routers(on=False)
+        self._tap.close()
         if self._recorder is not None:
             self._recorder.close()
         if self._batch is not None:
             self._batch.close()
             self._batch = None
 
-    def _see_routers(self, *, on: bool) -> None:
-        """Read the routers from here on, or no longer; what was half read is forgotten."""
-        self._rows = ()
-        if self._tap is not None:
-            self._tap.__exit__(None, None, None)
-            self._tap = None
+    def _wants_routing(self) -> bool:
         lone = self._single.decoding
-        asks = lone is not None and lone.generation.request.routed_experts
-        if on and (self.records or asks):
-            self._tap = RouterRecorder(self._model, keep_router_probs=False).__enter__()
+        return self.records or (lone is not None and lone.generation.request.routed_experts)
 
     def _take_routing(self) -> None:
-        """Give each sequence of the pass what its tokens were routed to."""
-        rows, self._rows = self._rows, ()
-        if self._tap is None:
-            return
-        routing, start = self._tap.take(), 0
         running = {decoding.key: decoding for decoding in self._batched}
         if (lone := self._single.decoding) is not None:
             running[lone.key] = lone
-        for row in rows:
-            end = start + len(row.ids)
-            running[row.key].add_routing(
-                row.position, routing.ids_NLK[start:end], routing.probs_NLK[start:end]
-            )
-            start = end
+        self._tap.take(running)
 
     def _new_batch(self) -> BatchedPath:
         return BatchedPath(
@@ -301,8 +281,8 @@ class Worker:
 
     def _run_single(self, decoding: Decoding) -> None:
         self._single.add(decoding)
-        if decoding.generation.request.routed_experts and self._tap is None:
-            self._see_routers(on=True)
+        if decoding.generation.request.routed_experts and not self._tap.is_on:
+            self._tap.begin_anew()
 
     def _step_batch(self) -> bool:
         if self._batch is None or not self._batched:
@@ -316,7 +296,7 @@ class Worker:
             for decoding in failed:
                 self._fail(decoding, error, "error")
             self._batch.reset()
-            self._see_routers(on=True)
+            self._tap.begin_anew()
             return True
         if rows:
             self._tell_step(rows, num_chosen=len(self._batch.choosing))
@@ -335,13 +315,13 @@ class Worker:
             self._take_routing()
         except Exception as error:
             self._failed[decoding.key] = error
-            self._see_routers(on=True)
+            self._tap.begin_anew()
         else:
             self._choose(decoding, step.logits_1V, step.prompt_logprobs)
             self._tell_step([step.row], num_chosen=1)
         if self._is_over(decoding):
             self._single.remove()
-            self._see_routers(on=True)  # only if somebody still asks
+            self._tap.begin_anew()  # only if somebody still asks
             self._finish(decoding)
         return True
 
@@ -354,7 +334,9 @@ class Worker:
         """Add a token to a sequence and say it; what goes wrong is the sequence's own."""
         generation = decoding.generation
         try:
-            piece = decoding.push(logits_1V, prompt_logprobs=prompt_logprobs, layout=self._layout)
+            piece = decoding.push(
+                logits_1V, prompt_logprobs=prompt_logprobs, layout=self._tap.layout
+            )
         except Exception as error:
             self._failed[decoding.key] = error
             return 0
@@ -385,7 +367,7 @@ class Worker:
         lone = self._single.decoding
         if lone is not None and lone.generation.cancelled:
             self._single.remove()
-            self._see_routers(on=True)  # only if somebody still asks
+            self._tap.begin_anew()  # only if somebody still asks
             self._end(lone, "abort")
 
     def _is_over(self, decoding: Decoding) -> bool:
@@ -423,6 +405,6 @@ class Worker:
         self._on_end(decoding.generation, outcome)
 
     def _announce(self, rows: Sequence[PassRow]) -> None:
-        self._rows = [*self._rows, *rows]
+        self._tap.announce(rows)
         if self._offload is not None:
             self._offload.announce(rows)
