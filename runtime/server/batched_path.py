@@ -133,6 +133,12 @@ class BatchedPath:
         """Transformers' scheduler of the sequences."""
         return self._processor.scheduler
 
+    @property
+    def step_tokens(self) -> int:
+        """The most tokens of one pass, read or made."""
+        num_tokens: int = self._settings["max_batch_tokens"]
+        return num_tokens
+
     def reset(self) -> None:
         """Forget all sequences and build everything anew, as after an error within a step."""
         self._decodings.clear()

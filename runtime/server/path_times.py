@@ -9,7 +9,7 @@ Knows nothing of requests, queues or sampling.
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from runtime.server.batched_path import BatchedPath
@@ -118,22 +118,29 @@ def _sequences(size: int, decoding_of: Callable[[Generation], Decoding]) -> list
     """So many sequences of different tokens."""
     return [
         decoding_of(
-            Generation(
-                GenerationRequest(
-                    request_id="try-out",
-                    prompt_ids=list(range(1 + 4 * index, 5 + 4 * index)),
-                    prompt_text="",
-                    sampling=SamplingParams(temperature=0.0),
-                    ignore_eos=True,
-                ),
-                index=index,
-                max_tokens=2 * (_STEPS + _WARM_UP_STEPS),
-                sink=lambda piece: None,
-                discard=lambda generation: None,
+            trial(
+                list(range(1 + 4 * index, 5 + 4 * index)), max_tokens=2 * (_STEPS + _WARM_UP_STEPS)
             )
         )
         for index in range(size)
     ]
+
+
+def trial(prompt_ids: Sequence[int], *, max_tokens: int) -> Generation:
+    """A sequence of nobody, which is only timed."""
+    return Generation(
+        GenerationRequest(
+            request_id="try-out",
+            prompt_ids=prompt_ids,
+            prompt_text="",
+            sampling=SamplingParams(temperature=0.0),
+            ignore_eos=True,
+        ),
+        index=0,
+        max_tokens=max_tokens,
+        sink=lambda piece: None,
+        discard=lambda generation: None,
+    )
 
 
 def _median_s(step: Callable[[], object]) -> float:
