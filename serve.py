@@ -42,10 +42,10 @@ from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
 from runtime.server.logs import use_format
 from runtime.server.options import Limits, ServerOptions
+from runtime.server.path_choice import Mode
 from runtime.server.recording import open_recording
 from runtime.server.run import bind, serve
 from runtime.server.security import check_exposure, load_api_keys
-from runtime.server.worker import Mode
 
 log = logging.getLogger("serve")
 

@@ -160,10 +160,12 @@ class Expected(NamedTuple):
 
     Attributes:
         kept_B: bool, whether each keeps its objective.
+        first_s_B: float64, when each has its first token, or had it.
         end_s_B: float64, when each has its last token.
     """
 
     kept_B: npt.NDArray[np.bool_]
+    first_s_B: npt.NDArray[np.float64]
     end_s_B: npt.NDArray[np.float64]
 
 
@@ -210,7 +212,7 @@ def expect(batch: Sequence[Progress], *, now_s: float, costs: StepCosts) -> Expe
     tpot_s_B = np.array([request.tpot_s for request in requests])
     # A single token has no pace; 0 times an infinite objective would be no number.
     in_pace_B = (later_B <= 0) | (end_s_B - first_s_B <= tpot_s_B * np.maximum(later_B, 1))
-    return Expected((first_s_B - arrival_s_B <= ttft_s_B) & in_pace_B, end_s_B)
+    return Expected((first_s_B - arrival_s_B <= ttft_s_B) & in_pace_B, first_s_B, end_s_B)
 
 
 def overtakes(waiting: Sequence[SloRequest], taken: Sequence[SloRequest]) -> dict[str, int]:

@@ -34,7 +34,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 
 from runtime.observed_request import PassRow
 from runtime.server.decoding import Decoding
-from runtime.server.overlap import OVERLAP, OverlapScheduler, register
 
 ChooseFn = Callable[[Decoding, Tensor], int]
 AnnounceFn = Callable[[Sequence[PassRow]], None]
@@ -54,8 +53,8 @@ class BatchedPath:
         max_batch: Sequences that run at once; the others wait.
         kv_tokens: Tokens that the KV cache holds: at least the most that one sequence may have.
         share_prefixes: Whether a prompt's beginning is taken from a sequence that has the same.
-        scheduler: A name in transformers' SCHEDULER_MAPPING, or `runtime.server.overlap.OVERLAP`.
-        expected_use: Of each sequence's next token, for that scheduler.
+        scheduler: A name in transformers' SCHEDULER_MAPPING.
+        use_scheduler: Called with transformers' scheduler whenever one is made.
 
     Attributes:
         choosing: The sequences that got a token in the last step.
@@ -74,15 +73,13 @@ class BatchedPath:
         kv_tokens: int,
         share_prefixes: bool = True,
         scheduler: str = "fifo",
-        expected_use: Callable[[Decoding], Tensor | None] = lambda decoding: None,
+        use_scheduler: Callable[[Any], None] = lambda scheduler: None,
     ) -> None:
         self._model = model
         self._choose = choose
         self._announce = announce
         self._routed = routed
-        self._expected_use = expected_use
-        if scheduler == OVERLAP:
-            register()
+        self._use_scheduler = use_scheduler
         known = {setting.name for setting in dataclasses.fields(ContinuousBatchingConfig)}
         self._settings: dict[str, Any] = {
             "page_size" if "page_size" in known else "block_size": _PAGE_TOKENS,
@@ -153,8 +150,7 @@ class BatchedPath:
             self._manager.logit_processor = _RowChoice(self._choose_rows)
             self._manager.warmup()  # makes the cache and the scheduler; nothing is computed
         self._processor = self._manager.batch_processor
-        if isinstance(self.scheduler, OverlapScheduler):
-            self.scheduler.use_forecasts(lambda key: self._expected_use(self._decodings[key]))
+        self._use_scheduler(self.scheduler)
 
     def close(self) -> None:
         """Free the cache; nothing may be called after it."""

@@ -25,6 +25,8 @@ from runtime.server.admission import tokens_allowed
 from runtime.server.artifact_reload import ArtifactReloader
 from runtime.server.changes import Change
 from runtime.server.model_facts import context_tokens, eos_ids
+from runtime.server.objectives import Objectives
+from runtime.server.path_choice import MODES, Mode
 from runtime.server.recording import TrafficRecorder
 from runtime.server.routing import can_tell_routing
 from runtime.server.sequence import (
@@ -39,7 +41,7 @@ from runtime.server.sequence import (
     QueueFullError,
     Sink,
 )
-from runtime.server.worker import MODES, Mode, Worker
+from runtime.server.worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +68,8 @@ class GenerationEngine:
             (`runtime.server.worker`).
         max_batch: Sequences that run at once, unless the mode is "single".
         kv_tokens: Tokens that the KV cache of a batch holds; None decides by the context.
-        scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING.
+        scheduler: Who chooses among those that wait (`Worker`).
+        objectives: What the scheduler "slo" keeps; None for any other.
         recorder: Gets each answered sequence with its routing, and is closed with the engine.
 
     Raises:
@@ -85,6 +88,7 @@ class GenerationEngine:
         max_batch: int = 16,
         kv_tokens: int | None = None,
         scheduler: str = "fifo",
+        objectives: Objectives | None = None,
         recorder: TrafficRecorder | None = None,
     ) -> None:
         if max_queue < 0:
@@ -116,8 +120,10 @@ class GenerationEngine:
             on_end=self._end,
             offload=offload,
             scheduler=scheduler,
+            objectives=objectives,
             recorder=recorder,
         )
+        self.objectives = objectives
         self.recorder = recorder
         self.reloader: ArtifactReloader | None = None  # set by who starts one
         self._observer: EngineObserver = NullObserver()

@@ -100,6 +100,11 @@ class GenerationRequest:
         prompt_logprobs: Tell how probable each prompt token was, and so many most probable ones in
             its place; None tells nothing.
         routed_experts: Tell which experts every token was routed to.
+        ttft_s: Objective for the first token, in seconds from arrival; None for the server's. Read
+            where a server keeps objectives (`runtime.server.objectives`).
+        tpot_s: Objective for each token after it, on average; None for the server's.
+        task: What kind of request it is, one of a few: whose answers tell how long this one will
+            be. "" where nobody says.
     """
 
     request_id: str
@@ -113,6 +118,9 @@ class GenerationRequest:
     continues_prompt: bool = True
     prompt_logprobs: int | None = None
     routed_experts: bool = False
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    task: str = ""
 
 
 @dataclass(frozen=True, slots=True)

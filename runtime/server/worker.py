@@ -21,14 +21,15 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from runtime.observed_request import PassRow
 from runtime.server.batched_path import BatchedPath
 from runtime.server.decoding import Decoding
-from runtime.server.path_times import time_paths
+from runtime.server.objectives import Objectives
+from runtime.server.path_choice import Mode, PathChoice
 from runtime.server.recording import TrafficRecorder
 from runtime.server.routing_tap import RoutingTap
 from runtime.server.sampling import TokenLogprobs
@@ -44,8 +45,6 @@ from runtime.server.single_path import SinglePath
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["auto", "batched", "single"]
-MODES: tuple[Mode, ...] = ("auto", "batched", "single")
 _KV_TOKENS = 32768  # by default no more, unless one sequence's context is longer
 
 EndFn = Callable[[Generation, Outcome], None]
@@ -65,7 +64,9 @@ class Worker:
         context_tokens: The most tokens of one sequence.
         on_end: Called once for each sequence that is over.
         offload: What `runtime.engine.attach` gave for this model, or None.
-        scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING.
+        scheduler: Who chooses among those that wait: a name in transformers' SCHEDULER_MAPPING, or
+            one of ours (`runtime.server.overlap`, `runtime.server.slo`).
+        objectives: What the scheduler `runtime.server.slo.SLO` keeps; None for any other.
         recorder: Gets each answered sequence with its routing, or None. Prefixes are then not
             shared, since who shares one is not routed. While it records, no captured step is
             replayed: a replay runs no hooks, and who records reads the routers by them.
@@ -88,19 +89,29 @@ class Worker:
         on_end: EndFn,
         offload: ExpertOffload | None,
         scheduler: str = "fifo",
+        objectives: Objectives | None = None,
         recorder: TrafficRecorder | None = None,
     ) -> None:
         self._model = model
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
-        self._mode: Mode = mode
         self._max_batch = max_batch
         self._kv_tokens = kv_tokens or min(
             max_batch * context_tokens, max(context_tokens, _KV_TOKENS)
         )
         self._on_end = on_end
         self._offload = offload
-        self._scheduler = scheduler
+        self._objectives = objectives
+        self._choice = PathChoice(
+            mode=mode,
+            scheduler=scheduler,
+            objectives=objectives,
+            new_batch=self._new_batch,
+            max_batch=max_batch,
+            kv_tokens=self._kv_tokens,
+            context_tokens=context_tokens,
+            vocab_size=model.config.get_text_config(decoder=True).vocab_size,
+        )
         self._recorder = recorder
         self._tap = RoutingTap(model, is_wanted=self._wants_routing)
         self._keys = (str(number) for number in itertools.count())
@@ -108,7 +119,7 @@ class Worker:
             model, announce=self._announce, captured_cache=self._captured_cache
         )
         self._batch: BatchedPath | None = None
-        self._lone_runs_single = mode == "single"
+        self._has_chosen = self._lone_runs_single = False
         self._incoming: deque[Decoding] = deque()
         self._batched: list[Decoding] = []
         self._failed: dict[str, Exception] = {}
@@ -123,7 +134,7 @@ class Worker:
     @property
     def has_room(self) -> bool:
         """Whether it takes another sequence; in a batch, the scheduler sees all that wait."""
-        return self._mode != "single" or self.num_sequences == 0
+        return self._batch is not None or self.num_sequences == 0
 
     @property
     def records(self) -> bool:
@@ -147,39 +158,28 @@ class Worker:
         self._single.try_out()
         if self._offload is not None:
             self._offload.end_request("try-out", remember=False)
-        if self._mode != "single" and self._offload and not self._offload.follows_batches:
-            logger.warning("The predictor follows one sequence: they run one after the other")
-            self._mode = "single"
-        if self._mode != "single" and self._batch is None:
-            self._choose_mode()
-        self._tap.begin_anew()
-
-    def _choose_mode(self) -> None:
-        if self._mode == "auto":
-            batch = self._new_batch()
-            times = time_paths(
+        if not self._has_chosen:
+            self._batch, self._lone_runs_single = self._choice.decide(
                 self._single,
-                batch,
                 self._decoding_of,
                 self._forget,
-                max_batch=self._max_batch,
+                follows_batches=self._offload is None or self._offload.follows_batches,
             )
-            batch.close()
-            logger.info("%s", times)
-            self._lone_runs_single = times.lone_runs_single
-            if not times.batching_pays:
-                self._mode = "single"
-                return
-        self._batch = self._new_batch()  # whose cache and counters know nothing of the trial
+            self._has_chosen = True
+        self._tap.begin_anew()
 
     def add(self, generation: Generation) -> None:
         """Take a sequence."""
         try:
-            self._incoming.append(self._decoding_of(generation))
+            decoding = self._decoding_of(generation)
         except Exception as error:
             logger.exception("Request %s cannot run", generation.request.request_id)
             generation.sink(Failure(generation.index, error))
             self._on_end(generation, "error")
+            return
+        if self._objectives is not None:
+            self._objectives.arrive(decoding)
+        self._incoming.append(decoding)
 
     def step(self) -> bool:
         """Run what can run for one token each; whether anything was computed."""
@@ -222,7 +222,7 @@ class Worker:
             running[lone.key] = lone
         self._tap.take(running)
 
-    def _new_batch(self) -> BatchedPath:
+    def _new_batch(self, scheduler: str) -> BatchedPath:
         return BatchedPath(
             self._model,
             choose=self._choose,
@@ -231,8 +231,8 @@ class Worker:
             share_prefixes=self._recorder is None,
             max_batch=self._max_batch,
             kv_tokens=self._kv_tokens,
-            scheduler=self._scheduler,
-            expected_use=self._expected_use,
+            scheduler=scheduler,
+            use_scheduler=lambda made: self._choice.bind(made, self._expected_use),
         )
 
     def _captured_cache(self, max_tokens: int) -> Any:
@@ -240,9 +240,10 @@ class Worker:
             return None
         return self._offload.captured_cache(max_tokens)
 
-    def _expected_use(self, decoding: Decoding) -> Tensor | None:
+    def _expected_use(self, key: str) -> Tensor | None:
         if self._offload is None:
             return None
+        decoding = next(decoding for decoding in self._batched if decoding.key == key)
         return self._offload.expected_use(decoding.row(0, decoding.num_prompt_tokens))
 
     def _forget(self, decoding: Decoding) -> None:
@@ -402,6 +403,8 @@ class Worker:
     def _end(self, decoding: Decoding, outcome: Outcome) -> None:
         if self._offload is not None:
             self._offload.end_request(decoding.key, remember=outcome in ("stop", "length"))
+        if self._objectives is not None:
+            self._objectives.end(decoding, outcome)
         self._on_end(decoding.generation, outcome)
 
     def _announce(self, rows: Sequence[PassRow]) -> None:

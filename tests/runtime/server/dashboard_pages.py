@@ -21,8 +21,8 @@ from runtime.engine import attach
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
 from runtime.server.options import ServerOptions
+from runtime.server.path_choice import Mode
 from runtime.server.run import bind, make_server
-from runtime.server.worker import Mode
 from tests.fakes import Previous
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.fakes import wait_until
