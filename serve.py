@@ -37,15 +37,18 @@ from runtime.forecasts import FALLBACK_POLICY
 from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
+from runtime.scheduler import StepCosts
 from runtime.server.app import create_app
 from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
 from runtime.server.logs import use_format
+from runtime.server.objectives import Objectives
 from runtime.server.options import Limits, ServerOptions
 from runtime.server.path_choice import Mode
 from runtime.server.recording import open_recording
 from runtime.server.run import bind, serve
 from runtime.server.security import check_exposure, load_api_keys
+from runtime.server.slo import SLO
 
 log = logging.getLogger("serve")
 
@@ -117,6 +120,50 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
     return "single"
 
 
+def objectives_of(cfg: DictConfig) -> Objectives | None:
+    """What the scheduler keeps; None where it keeps none.
+
+    Raises:
+        ValueError: A value is not allowed, or nobody would keep what is asked.
+    """
+    slo = plain(cfg.serve.slo)
+    seconds = {name: slo[name] for name in ("ttft_s", "tpot_s") if slo[name] is not None}
+    costs_s = slo["step_costs_s"]
+    if cfg.serve.scheduler != SLO:
+        for name, value in {**seconds, "step_costs_s": costs_s}.items():
+            if value is not None:
+                raise ValueError(
+                    f"serve.slo.{name}={value}: serve.scheduler={cfg.serve.scheduler} keeps no "
+                    f"objectives; only serve.scheduler={SLO} does"
+                )
+        return None
+    if cfg.serve.engine == "single":
+        raise ValueError(
+            f"serve.scheduler={SLO}: with serve.engine=single, sequences run as they come; give "
+            "serve.engine=batched or auto"
+        )
+    for name, value in seconds.items():
+        if not _is_number(value):
+            raise ValueError(f"serve.slo.{name}={value}: must be a number of seconds, or null")
+    costs = None
+    if costs_s is not None:
+        if not isinstance(costs_s, list) or len(costs_s) != 3 or not all(map(_is_number, costs_s)):
+            raise ValueError(
+                f"serve.slo.step_costs_s={costs_s}: must be [step, sequence, prompt token], in "
+                "seconds, or null"
+            )
+        fixed_s, sequence_s, prompt_token_s = costs_s
+        costs = StepCosts(fixed_s=fixed_s, sequence_s=sequence_s, prompt_token_s=prompt_token_s)
+    max_overtaken = slo["max_overtaken"]
+    if not isinstance(max_overtaken, int):
+        raise ValueError(f"serve.slo.max_overtaken={max_overtaken}: must be a whole number")
+    return Objectives(**seconds, costs=costs, max_overtaken=max_overtaken)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _is_share(cfg: DictConfig) -> bool:
     return bool(cfg.budget.strip().endswith("%"))
 
@@ -174,7 +221,7 @@ def run(cfg: DictConfig) -> int:
     """
     use_format(cfg.serve.log, logging.getLogger().handlers)
     options, device = server_options(cfg), pick_device(cfg.device)
-    mode = engine_mode(cfg, device)
+    mode, objectives = engine_mode(cfg, device), objectives_of(cfg)
     with ExitStack() as stack:
         reserved = None
         if not cfg.check:
@@ -219,6 +266,7 @@ def run(cfg: DictConfig) -> int:
             max_batch=cfg.serve.max_batch,
             kv_tokens=cfg.serve.kv_tokens,
             scheduler=cfg.serve.scheduler,
+            objectives=objectives,
             recorder=recorder,
         )
         if digest is not None:

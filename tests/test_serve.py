@@ -22,7 +22,10 @@ from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.artifact import artifact_digest, save_artifact
 from predictors.popularity import Popularity
+from runtime.scheduler import StepCosts
 from runtime.server.logs import JsonFormatter
+
+SLO = ["serve.scheduler=slo"]
 
 
 def settings(tmp_path: Path, *overrides: str) -> Any:
@@ -75,6 +78,13 @@ def test_a_failed_check_is_a_failed_command(
         (["serve.port=70000"], "port=70000"),
         (["serve.log=xml"], "serve.log=xml: must be one of text, json"),
         (["serve.limits.max_requests=0"], "max_requests=0"),
+        (["serve.slo.ttft_s=1"], "serve.slo.ttft_s=1: serve.scheduler=fifo keeps no objectives"),
+        ([*SLO, "serve.slo.tpot_s=soon"], "serve.slo.tpot_s=soon: must be a number of seconds"),
+        ([*SLO, "serve.slo.ttft_s=0"], "ttft_s=0: must be above 0"),
+        ([*SLO, "serve.slo.max_overtaken=many"], "serve.slo.max_overtaken=many: must be a whole"),
+        ([*SLO, "serve.slo.step_costs_s=[1,2]"], r"serve.slo.step_costs_s=\[1, 2\]: must be \["),
+        ([*SLO, "serve.slo.step_costs_s=[-1,1,0]"], "fixed_s=-1: must be at least 0"),
+        ([*SLO, "serve.engine=single"], "serve.scheduler=slo: with serve.engine=single"),
         (["serve.port=0", "model=pretrained", "model.id=/proc"], "holds no config.json"),
         (
             ["serve.port=0", "artifact=no/such/artifact", "policy=forecast"],
@@ -103,6 +113,14 @@ def test_a_taken_port_is_found_before_the_model_is_loaded(
         port = other.getsockname()[1]
         with pytest.raises(ValueError, match=f"serve.port={port}: another program"):
             serve.run(settings(tmp_path, f"serve.port={port}"))
+
+
+def test_objectives_are_those_of_the_settings(tmp_path: Path) -> None:
+    assert serve.objectives_of(settings(tmp_path)) is None
+    costs = "serve.slo.step_costs_s=[0.5,0.25,0]"
+    objectives = serve.objectives_of(settings(tmp_path, *SLO, "serve.slo.ttft_s=2", costs))
+    assert objectives is not None
+    assert objectives.costs == StepCosts(fixed_s=0.5, sequence_s=0.25, prompt_token_s=0)
 
 
 @pytest.mark.usefixtures("root_formatters")

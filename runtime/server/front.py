@@ -28,6 +28,7 @@ from runtime.server.sequence import (
     GenerationRequest,
     QueueFullError,
 )
+from runtime.server.slo_headers import AskedObjectives
 
 _RETRY_AFTER_S = 1
 _CLIENT_GONE = 499  # nginx's status for it; nobody receives it, but access logs show it
@@ -89,6 +90,7 @@ class Front:
         stream: bool,
         choices: int,
         param: str,
+        objectives: AskedObjectives,
     ) -> Response:
         """Generate what is asked, and answer.
 
@@ -100,6 +102,7 @@ class Front:
             stream: Whether as server-sent events.
             choices: How many sequences each prompt has.
             param: What a complaint about the prompt names.
+            objectives: What the request wants to be answered in.
         """
         self.check_model(model)
         self._take_place()
@@ -110,7 +113,7 @@ class Front:
             form = make_form(sequences)
             inbox = Inbox()
             reply = Answer(
-                _submit(self.engine, self._limited(sequences), inbox, param=param),
+                _submit(self.engine, objectives.of(self._limited(sequences)), inbox, param=param),
                 inbox,
                 form=form,
                 num_prompt_tokens=sum(len(s.prompt_ids) for s in sequences[::choices]),

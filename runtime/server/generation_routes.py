@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from runtime.server.forms import ChatForm, CompletionForm
 from runtime.server.front import Front, MakeForm
@@ -16,6 +16,7 @@ from runtime.server.responses import Response as ResponseObject
 from runtime.server.responses import ResponsesBody
 from runtime.server.responses_form import ResponsesForm, response_requests
 from runtime.server.sequence import GenerationRequest
+from runtime.server.slo_headers import AskedObjectives, reads_objectives
 
 _ERRORS = errors_of(400, 404, 408, 413, 429, 500, 503)
 
@@ -28,10 +29,12 @@ def generation_routes(front: Front) -> APIRouter:
         "tokenizer": tokenizer,
         "max_characters": front.max_characters,
     }
+    asks = Depends(reads_objectives(are_kept=front.engine.objectives is not None))
 
     async def answer(
         body: CompletionBody | ChatCompletionBody | ResponsesBody,
         request: Request,
+        objectives: AskedObjectives,
         prepare: Callable[..., list[GenerationRequest]],
         make_form: MakeForm,
         *,
@@ -46,6 +49,7 @@ def generation_routes(front: Front) -> APIRouter:
             stream=body.stream,
             choices=choices,
             param=param,
+            objectives=objectives,
         )
 
     @router.post(
@@ -53,7 +57,9 @@ def generation_routes(front: Front) -> APIRouter:
         response_model=None,
         responses={200: _whole_or_stream(Completion, "text_completion"), **_ERRORS},
     )
-    async def completions(body: CompletionBody, request: Request) -> Response:
+    async def completions(
+        body: CompletionBody, request: Request, objectives: Annotated[AskedObjectives, asks]
+    ) -> Response:
         """Continue prompts."""
 
         def make_form(sequences: list[GenerationRequest]) -> CompletionForm:
@@ -66,7 +72,13 @@ def generation_routes(front: Front) -> APIRouter:
             )
 
         return await answer(
-            body, request, completion_requests, make_form, choices=body.n, param="prompt"
+            body,
+            request,
+            objectives,
+            completion_requests,
+            make_form,
+            choices=body.n,
+            param="prompt",
         )
 
     @router.post(
@@ -77,7 +89,9 @@ def generation_routes(front: Front) -> APIRouter:
             **_ERRORS,
         },
     )
-    async def chat_completions(body: ChatCompletionBody, request: Request) -> Response:
+    async def chat_completions(
+        body: ChatCompletionBody, request: Request, objectives: Annotated[AskedObjectives, asks]
+    ) -> Response:
         """Answer a conversation."""
 
         def make_form(_: list[GenerationRequest]) -> ChatForm:
@@ -89,7 +103,7 @@ def generation_routes(front: Front) -> APIRouter:
             )
 
         return await answer(
-            body, request, chat_requests, make_form, choices=body.n, param="messages"
+            body, request, objectives, chat_requests, make_form, choices=body.n, param="messages"
         )
 
     @router.post(
@@ -100,12 +114,14 @@ def generation_routes(front: Front) -> APIRouter:
             **_ERRORS,
         },
     )
-    async def responses(body: ResponsesBody, request: Request) -> Response:
+    async def responses(
+        body: ResponsesBody, request: Request, objectives: Annotated[AskedObjectives, asks]
+    ) -> Response:
         """Answer a conversation, in the form of the newer API; nothing is stored."""
         head = front.head("resp_")
         form = ResponsesForm(body, response_id=head["id"], created=head["created"])
         return await answer(
-            body, request, response_requests, lambda _: form, choices=1, param="input"
+            body, request, objectives, response_requests, lambda _: form, choices=1, param="input"
         )
 
     return router

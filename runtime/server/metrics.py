@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from runtime.backend import OffloadStats
 from runtime.server.expert_counts import Counted, ExpertCounts
 from runtime.server.generation import GenerationEngine
+from runtime.server.objective_metrics import ObjectiveCollector
 from runtime.server.sequence import ExpertOffload, Generation, Outcome
 
 # 1, 2.5, 5 in each decade: from a captured decode step to a long answer on a slow disk.
@@ -78,6 +79,8 @@ class ServerMetrics:
         kv_usage = self._gauge("kv_cache_usage_perc", "Share of the KV cache in use, 0 to 1.")
         kv_usage.set_function(lambda: engine.kv_usage)
         self.registry.register(EngineCollector(engine, model_name=model_name))
+        if engine.objectives is not None:
+            self.registry.register(ObjectiveCollector(engine.objectives, model_name=model_name))
         if engine.offload is not None:
             counts = ExpertCounts(engine, engine.offload)
             self.registry.register(

@@ -10,10 +10,13 @@ Knows nothing of requests.
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor
+from transformers.generation.continuous_batching.scheduler import SCHEDULER_MAPPING
 
+from runtime.scheduler import StepCosts
 from runtime.server import overlap, slo
 from runtime.server.batched_path import BatchedPath
 from runtime.server.decoding import Decoding
@@ -57,7 +60,7 @@ class PathChoice:
         vocab_size: Token ids are below it.
 
     Raises:
-        ValueError: Scheduler and objectives do not go together.
+        ValueError: There is no such scheduler, or it and objectives do not go together.
     """
 
     def __init__(
@@ -72,13 +75,15 @@ class PathChoice:
         context_tokens: int,
         vocab_size: int,
     ) -> None:
+        overlap.register()
+        slo.register()
+        if scheduler not in SCHEDULER_MAPPING:  # for which transformers would take another
+            raise ValueError(f"scheduler={scheduler!r}: must be one of {[*SCHEDULER_MAPPING]}")
         if (scheduler == slo.SLO) != (objectives is not None):
             raise ValueError(
                 f"scheduler={scheduler!r} with{'out' if objectives is None else ''} objectives: "
                 f"{slo.SLO!r} needs them, and no other scheduler reads them"
             )
-        overlap.register()
-        slo.register()
         self._mode, self._scheduler, self._objectives = mode, scheduler, objectives
         self._new_batch = new_batch
         self._max_batch, self._kv_tokens = max_batch, kv_tokens
@@ -110,36 +115,41 @@ class PathChoice:
             trial.close()
             logger.info("%s", times)
             lone_runs_single, together = times.lone_runs_single, times.batching_pays
+        objectives = self._objectives
         if not together:
-            if self._objectives is not None:
+            if objectives is not None:
                 logger.warning(
                     "Sequences run one after the other as they come: objectives are counted, and "
                     "decide nothing"
                 )
             return Chosen(None, lone_runs_single=True)
-        if self._objectives is not None:
-            self._measure_costs(self._objectives, decoding_of, forget)
-        return Chosen(self._new_batch(self._scheduler), lone_runs_single)
+        if objectives is None:
+            return Chosen(self._new_batch(self._scheduler), lone_runs_single)
+        costs = objectives.costs or self._measured_costs(decoding_of, forget)
+        batch = self._new_batch(self._scheduler)
+        objectives.rule(
+            costs=replace(costs, step_tokens=batch.step_tokens),
+            max_batch=self._max_batch,
+            max_tokens=self._kv_tokens,
+        )
+        return Chosen(batch, lone_runs_single)
 
-    def _measure_costs(
+    def _measured_costs(
         self,
-        objectives: Objectives,
         decoding_of: Callable[[Generation], Decoding],
         forget: Callable[[Decoding], None],
-    ) -> None:
-        costs = objectives.costs
-        if costs is None:
-            trial = self._new_batch(_TRIAL_SCHEDULER)
-            costs = measure(
-                trial,
-                decoding_of,
-                forget,
-                max_batch=self._max_batch,
-                max_prompt=self._context_tokens // 2,
-                vocab_size=self._vocab_size,
-            )
-            trial.close()
-        objectives.rule(costs=costs, max_batch=self._max_batch, max_tokens=self._kv_tokens)
+    ) -> StepCosts:
+        trial = self._new_batch(_TRIAL_SCHEDULER)
+        costs = measure(
+            trial,
+            decoding_of,
+            forget,
+            max_batch=self._max_batch,
+            max_prompt=self._context_tokens // 2,
+            vocab_size=self._vocab_size,
+        )
+        trial.close()
+        return costs
 
     def bind(self, scheduler: Any, forecast_of: Callable[[str], Tensor | None]) -> None:
         """Tell a scheduler of ours, just made by transformers, whom to ask.

@@ -20,9 +20,11 @@ from predictors.base import Predictor
 from runtime.engine import attach
 from runtime.server.app import create_app
 from runtime.server.generation import GenerationEngine
+from runtime.server.objectives import Objectives
 from runtime.server.options import ServerOptions
 from runtime.server.path_choice import Mode
 from runtime.server.run import bind, make_server
+from runtime.server.slo import SLO
 from tests.fakes import Previous
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.fakes import wait_until
@@ -41,6 +43,7 @@ def served(
     name: str = NAME,
     drain_s: int = 0,
     mode: Mode = "single",
+    objectives: Objectives | None = None,
 ) -> Iterator[tuple[str, GenerationEngine]]:
     """Serve the embedded model over a real socket: its address, and its engine.
 
@@ -50,6 +53,7 @@ def served(
         options: Of the server.
         name: Under which it is served.
         mode: How sequences run.
+        objectives: What is kept, or None.
         drain_s: How long open requests are waited for at the end.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(TINY_MOE_DIR).eval()
@@ -60,7 +64,14 @@ def served(
             predictor = Previous()
             predictor.load_state(spec_of(model), {})
         offload = attach(model, policy="forecast", slots=slots, predictor=predictor)
-    engine = GenerationEngine(model=model, tokenizer=tokenizer, offload=offload, mode=mode)
+    engine = GenerationEngine(
+        model=model,
+        tokenizer=tokenizer,
+        offload=offload,
+        mode=mode,
+        scheduler="fifo" if objectives is None else SLO,
+        objectives=objectives,
+    )
     server = make_server(create_app(engine, model_name=name, options=options), drain_s=drain_s)
     with closing(bind(port=0)) as reserved:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [reserved]})

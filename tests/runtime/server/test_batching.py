@@ -300,6 +300,7 @@ def test_shutdown_at_its_deadline_cuts_a_batch_off(start: Start) -> None:
     [
         ({"mode": "quick"}, "mode='quick': must be one of"),
         ({"max_batch": 0}, "max_batch=0"),
+        ({"scheduler": "lifo"}, "scheduler='lifo': must be one of .*'fifo'.*'moecast_overlap'"),
         ({"kv_tokens": 100}, "kv_tokens=100: must be at least the context of 2048"),
     ],
     ids=str,

@@ -9,6 +9,7 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.server.objectives import Objectives
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.dashboard_pages import served
 from tests.runtime.server.fakes import WAIT_S
@@ -33,8 +34,8 @@ def board() -> Any:
 
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, Exposed]:
-    """Every sample that a server with a predictor has after one answer."""
-    with served() as (url, _):
+    """Every sample that a server with a predictor and objectives has after one answer."""
+    with served(objectives=Objectives(ttft_s=60.0)) as (url, _):
         body = {"model": NAME, "prompt": "hi", "max_tokens": 3}
         httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S).raise_for_status()
         text = httpx.get(f"{url}/metrics").text
