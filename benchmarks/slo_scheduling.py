@@ -78,6 +78,12 @@ class Options:
     step_tokens: int = 256
     out: str = ""
 
+    def __post_init__(self) -> None:
+        """Check what each task has one of."""
+        for name in ("ttft_slack", "tpot_slack"):
+            if len(getattr(self, name)) != len(TASKS):
+                raise ValueError(f"{name}={getattr(self, name)}: give one for each of {TASKS}")
+
     @property
     def costs(self) -> StepCosts:
         """Of a pass."""
@@ -228,9 +234,6 @@ class Cell:
 
 def run(options: Options) -> list[dict[str, Any]]:
     """A row for each load and scheduler."""
-    for name in ("ttft_slack", "tpot_slack"):
-        if len(getattr(options, name)) != len(TASKS):
-            raise ValueError(f"{name}={getattr(options, name)}: give one for each of {TASKS}")
     recorded = recorded_arrivals(data_dir() / "arrivals" / f"{options.arrivals}.csv.gz")
     rows = []
     for load in options.loads:

@@ -90,6 +90,7 @@ class Objectives:
         tpot_s: The same.
         costs: What steps cost; None where they are to be measured before `rule`.
         max_overtaken: Later arrivals that may be taken before a request.
+        lengths: What is known of answers' lengths, and learned; None knows nothing yet.
 
     Attributes:
         costs: As given, or as measured.
@@ -111,6 +112,7 @@ class Objectives:
         tpot_s: float = math.inf,
         costs: StepCosts | None = None,
         max_overtaken: int = MAX_OVERTAKEN,
+        lengths: AnswerLengths | None = None,
     ) -> None:
         for name, value in (("ttft_s", ttft_s), ("tpot_s", tpot_s)):
             if not value > 0:
@@ -120,7 +122,7 @@ class Objectives:
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
         self._max_overtaken = max_overtaken
         self._scheduler: SloScheduler | None = None
-        self._lengths = AnswerLengths()
+        self._lengths = lengths or AnswerLengths()
         self._open: dict[str, _Open] = {}
         self._overtaken: Counter[str] = Counter()
         self.costs = costs
