@@ -13,6 +13,10 @@ are too sure of themselves: that changes no ranking, so log loss must not decide
 on what to keep it decides after one request, where a count of what each ranking would have kept
 took one or two more.
 
+Judging and learning is one lesson (`predictors.lessons`), given when a request begins after others
+have finished. While a request runs beside it, what holds is what held before; a lesson that cannot
+be taken is given when a later request begins, with what has been gathered by then.
+
 Knows nothing of token ids and of how the networks came to what they say.
 
 Shape letters: T tokens · L MoE layers · E experts per layer · K experts per token · R rows of a
@@ -41,7 +45,7 @@ _REQUEST_TOKENS = 512  # of a request at most, its latest: 23 x L x E bytes each
 _OPEN_REQUESTS = 16  # that are gathered from at a time
 _LEARNED_TOKENS = 2048  # of finished requests, likewise
 _TOKENS_PER_STEP = 8
-_MAX_STEPS = 32  # whenever requests have finished: what a next one waits for
+_MAX_STEPS = 32  # of a lesson
 _LEARNING_RATE = 3e-3
 _BLOCK = 64  # tokens whose hidden units are held at once
 _LEAST = 1e-4  # a probability's distance from 0 and 1 in a log loss
@@ -105,11 +109,13 @@ class Follower:
         top_k: int,
     ) -> None:
         with torch.inference_mode(False):  # a replay may run in it, but this copy is to learn
-            self._net = copy.deepcopy(net)
+            self._net = copy.deepcopy(net)  # learns
             parameters = [parameter.requires_grad_(True) for parameter in self._net.parameters()]
+            self._asked_net = copy.deepcopy(net)  # says, as it was after the last lesson
         self._optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
         self._generator = torch.Generator().manual_seed(0)
         self._history, self._num_seen = history, history.num_finished
+        self._is_due = False
         self._discounts, self.popularity_LE, self.top_k = discounts, popularity_LE, top_k
         self._open: list[Followed] = []
         self._learned: list[_Tokens] = []
@@ -119,8 +125,10 @@ class Follower:
     def begin(self) -> "Followed":
         """A request begins; what had been routed when the last ones finished is learned from."""
         if self._history.num_finished > self._num_seen:
-            self._num_seen = self._history.num_finished
-            self._take_in()
+            self._num_seen, self._is_due = self._history.num_finished, True
+        if self._is_due and self._history.lessons.take_one():
+            self._is_due = False
+            self._give_lesson()
         known = self._history.before(self._num_seen, self._history.capacity)
         return Followed(self, start_of(known, self.popularity_LE.shape, self.top_k))
 
@@ -135,7 +143,9 @@ class Follower:
 
     def rule(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Use by the next token, [..., E], and ``g^(d-1)``, [..., G, E], from [..., E, J]."""
-        said = torch.cat([self._net(part).sigmoid() for part in torch.split(features, _BLOCK)])
+        said = torch.cat(
+            [self._asked_net(part).sigmoid() for part in torch.split(features, _BLOCK)]
+        )
         return said[..., 0], said[..., 1:].transpose(-1, -2)
 
     def warn_of_graph(self) -> None:
@@ -146,22 +156,31 @@ class Follower:
             *("yes" if leads else "no" for leads in self.leads),
         )
 
-    @torch.inference_mode(False)
-    def _take_in(self) -> None:
-        """Judge both and learn, from all that has been gathered."""
-        num_new = 0
+    def _give_lesson(self) -> None:
+        """All that has been gathered is handed over: whoever goes on gathers anew."""
+        shown = [(followed.gathered, followed.misses_2) for followed in self._open]
         for followed in self._open:
-            tokens = _joined(followed.gathered)
-            self._next_2 = _FORGET * self._next_2 + followed.misses_2
+            followed.clear()
+        self._open.clear()
+        if shown:
+            self._history.lessons.give(lambda: self._take_in(shown))
+
+    @torch.inference_mode(False)
+    def _take_in(self, shown: Sequence[tuple[Sequence[_Tokens], Tensor]]) -> None:
+        """Judge both and learn.
+
+        Args:
+            shown: `Followed.gathered` and `Followed.misses_2` of each request.
+        """
+        num_new = 0
+        for gathered, misses_2 in shown:
+            tokens = _joined(gathered)
+            self._next_2 = _FORGET * self._next_2 + misses_2
             self._keep_2 = _FORGET * self._keep_2 + self._keep_losses_2(tokens)
             num_new += len(tokens.use_TLE)
             self._learned.append(tokens)
-            followed.clear()
-        self._open.clear()
-        if not num_new:
-            return
         _drop_first(self._learned, _LEARNED_TOKENS)
-        self.leads = Leads(
+        leads = Leads(
             self._choose("what comes next", self.leads.next, self._next_2),
             self._choose("what to keep", self.leads.keep, self._keep_2),
         )
@@ -175,6 +194,9 @@ class Follower:
             num_steps=min(_MAX_STEPS, max(2, num_new // _TOKENS_PER_STEP)),
             generator=self._generator,
         )
+        # Requests that run beside this are told by the one or the other, never by half a step.
+        self._asked_net = copy.deepcopy(self._net)
+        self.leads = leads
 
     def _keep_losses_2(self, tokens: _Tokens) -> Tensor:
         """Log loss of `Said.ahead_TLE`, both sides', over the tokens whose next use is known."""

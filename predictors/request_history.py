@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from data.schema import Trace
+from predictors.lessons import AtOnce, Lessons
 from predictors.routing import request_use_LE
 
 
@@ -24,15 +25,18 @@ class RequestHistory:
 
     Args:
         capacity: Only so many of the latest are kept.
+        lessons: When who reads it learns from it.
 
     Attributes:
+        lessons: As given.
         num_finished: Requests added so far, kept or not.
     """
 
-    def __init__(self, *, capacity: int = 256) -> None:
+    def __init__(self, *, capacity: int = 256, lessons: Lessons | None = None) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: must be at least 1")
         self.capacity = capacity
+        self.lessons = lessons or AtOnce()
         self.num_finished = 0
         self._kept: deque[Tensor] = deque(maxlen=capacity)
 

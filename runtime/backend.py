@@ -71,6 +71,8 @@ class OffloadStats:
         judged_experts: Experts used by decoded tokens of which something was forecast. None where
             that is not compared: routing on a GPU does not pass through the host.
         foreseen_experts: Those of them that stood among the K forecast highest in their layer.
+        lessons_put_off: How often a predictor that learns from finished requests could not, since
+            it had not done with those before.
     """
 
     hits: int
@@ -101,6 +103,7 @@ class OffloadStats:
     passes_stale: int = 0
     judged_experts: int | None = None
     foreseen_experts: int | None = None
+    lessons_put_off: int = 0
 
     @property
     def hit_ratio(self) -> float:

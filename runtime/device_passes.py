@@ -112,6 +112,10 @@ class DevicePasses(ABC):
         self._switch_off()
         self._step_maps.clear()
 
+    def join(self, timeout_s: float) -> bool:
+        """After `remove`, wait for what is still at work; whether nothing is any more."""
+        return True
+
     def why_not_captured(self) -> str | None:
         """Why the pass at hand must not be captured or replayed; None if it may."""
         if self._is_off or self._now is None or self._now.is_step:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.adapters import MoELayer
 from predictors.base import Forecast, Predictor, Request, State
+from predictors.lessons import Beside
 from predictors.request_history import RequestHistory
 from runtime.backend import Backend
 from runtime.device_passes import DevicePasses
@@ -106,6 +107,7 @@ def make_observer(
             on_forecast=keep_now,
             on_later=keep_layer,
             on_judged=counts.judge,
+            lessons=Beside(),
         )
     common: dict[str, Any] = {
         "model": model,

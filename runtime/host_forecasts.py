@@ -36,8 +36,6 @@ from runtime.observer import Observer
 
 logger = logging.getLogger(__name__)
 
-_CLOSE_S = 5.0  # that a search may still take when it is switched off
-
 
 class HostForecasts(DevicePasses):
     """Feeds a backend with the forecasts of a predictor that runs on the host.
@@ -93,7 +91,7 @@ class HostForecasts(DevicePasses):
         self._thread.start()
 
     def remove(self) -> None:
-        """As `DevicePasses.remove`; ends the thread, which may finish what it searches."""
+        """As `DevicePasses.remove`; ends the thread, which finishes what it searches (`join`)."""
         if self._handles:  # the first call
             logger.info(
                 "Of %d passes that were put before the predictor, it was shown %d; %d were too "
@@ -104,11 +102,12 @@ class HostForecasts(DevicePasses):
                 self.num_shed,
             )
         super().remove()
-        if self._thread.is_alive():
-            self._news.put(None)
-            self._thread.join(_CLOSE_S)
-        if self._thread.is_alive():
-            logger.warning("A search is still running after %.0f s: it is left alone", _CLOSE_S)
+        self._news.put(None)
+
+    def join(self, timeout_s: float) -> bool:
+        """As `DevicePasses.join`, for the search that is under way."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
 
     def _enter(self, now: Pass, last: Pass | None) -> None:
         if self._error is not None:

@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from data.adapters import MoELayer, router_probs_TE
 from predictors.base import Forecast, Predictor, Request
+from predictors.lessons import Beside
 from predictors.request_history import RequestHistory
 from runtime.expert_view import slot_recall
 from runtime.observed_request import ObservedRequest, PassRow
@@ -57,6 +58,8 @@ class Observer:
             predictor says it (`Predictor.on_layer`). Without it the predictor is not asked. No
             backend asks for it so far: it is for who watches a running model's forecasts, and by it
             a test holds `Predictor.walk_layers` to what is said live.
+        lessons: When a predictor that learns from finished requests does; None for at once, before
+            the next request. Closed by `remove`.
         on_judged: Called for each decoded token that had a forecast with the two parts of its slot
             recall (`runtime.expert_view.slot_recall`), before the next pass.
     """
@@ -71,9 +74,11 @@ class Observer:
         on_later: Callable[[int, Tensor], None] | None = None,
         on_ahead: Callable[[int, Tensor], None] | None = None,
         on_judged: Callable[[int, int], None] | None = None,
+        lessons: Beside | None = None,
     ) -> None:
         self._signature = inspect.signature(model.forward)
-        self._history = RequestHistory()
+        self._lessons = lessons
+        self._history = RequestHistory(lessons=lessons)
         self._predictor = predictor.with_history(self._history)
         remembers = self._predictor is not predictor
         self._top_k = predictor.fitted_spec().top_k if remembers else None
@@ -94,6 +99,11 @@ class Observer:
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             *(moe.router.register_forward_hook(self._router_hook(moe)) for moe in layers),
         ]
+
+    @property
+    def num_lessons_put_off(self) -> int:
+        """How often the predictor could not learn, since it was still learning."""
+        return 0 if self._lessons is None else self._lessons.num_put_off
 
     def begin_request(self, *prompts: str) -> None:
         """Say that the next forward pass begins new requests, and what their prompts are.
@@ -137,6 +147,12 @@ class Observer:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._lessons is not None:
+            self._lessons.close()
+
+    def join(self, timeout_s: float) -> bool:
+        """After `remove`, wait for a lesson that is under way; whether none is any more."""
+        return self._lessons is None or self._lessons.join(timeout_s)
 
     def _router_hook(self, moe: MoELayer) -> Callable[[nn.Module, Any, Any], None]:
         def keep_map(router: nn.Module, args: Any, output: Any) -> None:

@@ -35,6 +35,8 @@ from runtime.served_predictor import ServedPredictor
 
 logger = logging.getLogger(__name__)
 
+_CLOSE_S = 5.0  # that a search or a lesson may still take when the model is given back
+
 
 class Offload:
     """A model that serves with offloaded experts until `detach`; `attach` makes one.
@@ -63,6 +65,7 @@ class Offload:
         self._backend = backend
         self._layer_of = {moe.experts: moe.layer for moe in layers}
         self._predictor: ServedPredictor | None = None
+        self._leaving: list[ServedPredictor] = []  # swapped out, and not at rest yet
         self._graph: DecodeGraph | None = None
         self._restricted: ResidentRouting | None = None
         self._undo = ExitStack()
@@ -160,7 +163,8 @@ class Offload:
     def swap_predictor(self, predictor: Predictor) -> None:
         """Let another predictor forecast from the next pass on, by the policy given at `attach`.
 
-        Both are held for a moment, so whatever is raised leaves the old one as it was.
+        Both are held for a moment, so whatever is raised leaves the old one as it was. What the old
+        one still searches or learns is not waited for, and changes nothing any more.
 
         Raises:
             SpecMismatchError: It was fitted for another model.
@@ -175,6 +179,7 @@ class Offload:
         if self._graph is not None:
             self._graph.forget()  # before its steps' memory goes with the old one
         before.remove()
+        self._leaving = [one for one in (*self._leaving, before) if not one.join(0.0)]
 
     def _row_observer(self) -> Observer | None:
         """Who can tell the sequences of a pass apart, if anybody watches in that way."""
@@ -193,6 +198,11 @@ class Offload:
         self._attached = False
         if self._predictor is not None:
             self._predictor.remove()
+            self._leaving.append(self._predictor)
+        for leaving in self._leaving:
+            if not leaving.join(_CLOSE_S):
+                logger.warning("A predictor is still at work after %.0f s: left alone", _CLOSE_S)
+        self._leaving.clear()
         if self._graph is not None:
             self._graph.remove()
         for config, implementation in self._implementations:

@@ -72,11 +72,12 @@ class ServedPredictor:
         """The same figures, with those of the forecasts."""
         observer = self.observer
         beside = observer if isinstance(observer, HostForecasts) else None
-        if isinstance(self.observer, Observer):
+        if isinstance(observer, Observer):
             stats = dataclasses.replace(
                 stats,
                 judged_experts=self._counts.judged_experts,
                 foreseen_experts=self._counts.foreseen_experts,
+                lessons_put_off=observer.num_lessons_put_off,
             )
         return dataclasses.replace(
             stats,
@@ -90,11 +91,18 @@ class ServedPredictor:
         )
 
     def remove(self) -> None:
-        """Stop watching and let the backend keep as it did before; a second call does nothing."""
+        """Stop watching and let the backend keep as it did before; a second call does nothing.
+
+        What it searches or learns on a thread is not waited for, since requests may be (`join`).
+        """
         self.observer.remove()
         if self._policy is not None:
             self._backend.use_policy(self._policy)
             self._policy = None
+
+    def join(self, timeout_s: float) -> bool:
+        """After `remove`, wait for its threads; whether they are at rest."""
+        return self.observer.join(timeout_s)
 
     def _go_without(self, error: Exception) -> None:
         """The predictor has failed: keep what is worth keeping by a policy that needs none."""

@@ -278,6 +278,12 @@ class ExpertCollector(Collector):
                     "Those of them among the K forecast highest; their share is the slot recall.",
                     stats.foreseen_experts,
                 )
+            yield self._counter(
+                "predictor_lessons_put_off",
+                "Times that learning from finished requests was put off, the lesson before being "
+                "under way.",
+                stats.lessons_put_off,
+            )
             not_shown = CounterMetricFamily(
                 "moecast_expert_passes_not_shown",
                 "Passes that a predictor on a thread of its own was not shown: too many waited "

@@ -1,6 +1,7 @@
 """The forecaster follows text that it was not fitted on, and nothing that is not finished."""
 
 import logging
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,19 @@ from safetensors.torch import load_file
 
 from data.errors import DamagedFileError
 from data.schema import MoESpec, Trace, TraceList
+from predictors import follower
 from predictors.artifact import load_artifact, save_artifact
 from predictors.base import Forecast, Predictor, Request, Walked
 from predictors.follower import Follower, Said, start_of
 from predictors.forecaster import Forecaster
+from predictors.lessons import Beside
 from predictors.request_history import RequestHistory
 from predictors.routing import traces_of
 from predictors.shared_net import SharedNet
 from predictors.token_history import as_rows, first_past_RLE, next_past_RLE
 from tests.predictors.fakes import SPEC, make_trace, make_traces
 
+PATIENCE_S = 20.0
 SMALL: dict[str, Any] = {
     "hidden_dim": 16,
     "epochs": 4,
@@ -443,3 +447,52 @@ def test_a_small_layer_is_followed_too() -> None:
     for trace in traces:
         assert view.walk(trace).later_TLE is not None
         history.add_trace(trace, 2)
+
+
+def test_a_request_that_begins_during_a_lesson_is_told_what_held_before(
+    fitted: Forecaster, tested: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once the lesson is over, what is told to who waited for it."""
+    at_once = followed(fitted, tested[:2])  # of the first request, before the second one
+    may_learn, learn = threading.Event(), follower.learn
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        assert may_learn.wait(PATIENCE_S)
+        learn(*args, **kwargs)
+
+    monkeypatch.setattr(follower, "learn", slowly)
+    lessons = Beside()
+    history = RequestHistory(lessons=lessons)
+    view = fitted.with_history(history)
+    for trace in tested[:2]:
+        view.walk(trace)
+        history.add_trace(trace, SPEC.num_experts)
+    assert_close(fitted.walk(tested[2]), view.walk(tested[2]), atol=0)
+    assert lessons.num_put_off == 1
+    assert leads(view) == (False, False)
+    may_learn.set()
+    assert lessons.join(PATIENCE_S)
+    assert leads(view) == leads(at_once) != (False, False)
+    # What was put off is learned now, beside a request that is told what the first lesson left.
+    assert first_choice(view.walk(tested[3]).forecasts[0]) == 3
+    assert lessons.join(PATIENCE_S)
+    assert lessons.num_put_off == 1
+    assert len(view._follower._learned) == 3  # type: ignore[union-attr]
+
+
+def test_what_goes_wrong_in_a_lesson_is_told_to_the_next_request(
+    fitted: Forecaster, tested: list[Trace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise ZeroDivisionError("nobody has thought of this")
+
+    monkeypatch.setattr(follower, "learn", broken)
+    lessons = Beside()
+    history = RequestHistory(lessons=lessons)
+    view = fitted.with_history(history)
+    for trace in tested[:2]:
+        view.walk(trace)
+        history.add_trace(trace, SPEC.num_experts)
+    assert lessons.join(PATIENCE_S)
+    with pytest.raises(ZeroDivisionError, match="nobody has thought"):
+        view.on_request(view.new_state(), Request())

@@ -155,6 +155,30 @@ def test_a_search_that_never_ends_holds_up_no_token(model: Any, habit: HostHabit
         habit.may_go_on.set()
 
 
+def test_a_search_that_never_ends_holds_up_no_other_predictor(
+    model: Any, habit: HostHabit, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever swaps is on the model's thread, where requests wait; only who detaches has time."""
+    monkeypatch.setattr("runtime.offload._CLOSE_S", 0.2)
+    other = HostHabit()
+    other.load_state(spec_of(model), {})
+    habit.may_go_on.clear()
+    with attach_as_device(model, policy="forecast", predictor=habit, graph=True) as offload:
+        generate(model)
+        asked(habit)
+        assert offload._predictor is not None
+        old = offload._predictor.observer
+        offload.swap_predictor(other)
+        assert isinstance(old, HostForecasts)
+        assert not old.join(0.0)
+        generate(model)
+        settle(offload._predictor.observer)
+        assert other.prompts
+    assert "A predictor is still at work after 0 s" in caplog.text
+    habit.may_go_on.set()
+    assert old.join(PATIENCE_S)
+
+
 def test_no_call_of_the_models_thread_waits_for_the_predictors(
     model: Any, habit: HostHabit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,6 +202,8 @@ def test_no_call_of_the_models_thread_waits_for_the_predictors(
     generate(model)
     assert waits == []
     watched.forecasts.remove()
+    assert waits == []
+    assert watched.forecasts.join(PATIENCE_S)
     assert "join" in waits
 
 

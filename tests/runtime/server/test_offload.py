@@ -1,5 +1,7 @@
 """Served with a quarter of the experts resident, a model says what it says with all of them."""
 
+import copy
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ from data.adapters import spec_of
 from data.schema import MoESpec
 from data.tiny_moe import TINY_MOE_DIR
 from predictors.base import Forecast, Request, State
+from predictors.request_history import RequestHistory
 from runtime.engine import attach
 from runtime.offload import Offload
 from runtime.server.app import create_app
@@ -19,7 +22,7 @@ from runtime.server.generation import GenerationEngine
 from runtime.server.sampling import SamplingParams
 from tests.fakes import ScriptedPredictor
 from tests.families import FAMILIES, tiny_model
-from tests.runtime.server.fakes import generate, samples, wait_until
+from tests.runtime.server.fakes import WAIT_S, generate, samples, wait_until
 
 ASKS: list[dict[str, Any]] = [
     {"prompt": "The weather in", "temperature": 0, "max_tokens": 16},
@@ -121,3 +124,48 @@ def test_predictors_are_shown_the_text_of_each_request(own_model: Any, tokenizer
     assert found["moecast_expert_forecast_age_tokens_total"] == 0
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     assert prophet.prompts == ["By text", "By ids", rendered]
+
+
+class Learner(Prophet):
+    """Learns from finished requests until it is told that it may end."""
+
+    kind = "learner"
+
+    def __init__(self, spec: MoESpec) -> None:
+        super().__init__(spec)
+        self.may_end = threading.Event()
+        self.num_lessons = 0
+        self._history: RequestHistory | None = None
+        self._teacher = self
+
+    def with_history(self, history: RequestHistory) -> "Learner":
+        view = copy.copy(self)
+        view._history = history
+        return view
+
+    def _learn(self) -> None:
+        self.num_lessons += 1
+        assert self.may_end.wait(WAIT_S)
+
+    def on_request(self, state: State, request: Request) -> Forecast:
+        history = self._history
+        assert history is not None
+        if history.num_finished and history.lessons.take_one():
+            history.lessons.give(self._teacher._learn)
+        return super().on_request(state, request)
+
+
+def test_no_request_waits_for_what_is_learned_from_others(own_model: Any, tokenizer: Any) -> None:
+    """A lesson that never ends would hold up the second request, and the end of the server."""
+    predictor = Learner(spec_of(own_model))
+    with attach(own_model, policy="forecast", predictor=predictor, slots=12) as offload:
+        for client in serve(own_model, tokenizer, offload):
+            for number in range(4):
+                reply = client.post(
+                    "/v1/completions", json={"model": "tiny", "prompt": "x", "max_tokens": 2}
+                )
+                assert reply.status_code == 200, number
+            put_off = samples(client)["moecast_expert_predictor_lessons_put_off_total"]
+        assert predictor.num_lessons == 1
+        assert put_off == 2  # the third and fourth request's; the first has nothing to learn from
+        predictor.may_end.set()
