@@ -35,7 +35,7 @@ Knows nothing of experts or of what a task is; which objective a task has is for
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,15 @@ class StepCosts:
             raise ValueError("fixed_s + sequence_s: must be above 0, a token takes time")
         if self.step_tokens < 1:
             raise ValueError(f"step_tokens={self.step_tokens}: must be at least 1")
+
+    def times(self, factor: float) -> "StepCosts":
+        """The costs of a machine that is so many times slower."""
+        return replace(
+            self,
+            fixed_s=factor * self.fixed_s,
+            sequence_s=factor * self.sequence_s,
+            prompt_token_s=factor * self.prompt_token_s,
+        )
 
     def step_s(self, *, num_sequences: int, num_prompt_tokens: int) -> float:
         """Seconds of a pass."""

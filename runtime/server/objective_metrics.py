@@ -34,6 +34,13 @@ class ObjectiveCollector(Collector):
         )
         ruling.add_metric([self._model_name], float(objectives.is_ruling))
         yield ruling
+        factor = GaugeMetricFamily(
+            "moecast_slo_cost_factor",
+            "What the latest steps took over what their costs say, as measured at the start.",
+            labels=("model_name",),
+        )
+        factor.add_metric([self._model_name], objectives.cost_factor)
+        yield factor
         requests = CounterMetricFamily(
             "moecast_slo_requests",
             "Requests with an objective that are over, by whether it was kept or how it was not.",

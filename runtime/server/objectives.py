@@ -8,6 +8,8 @@ first token within ``ttft_s`` of its arrival, then ``tpot_s`` a token on average
   (of its latest 256), before there is one that of all, before that 256 tokens; never more than the
   request may get (Eq. 3's profile, kept while serving).
 - The tokens of all that run (T_max) are bounded by the KV cache.
+- What steps take changes with the experts that they miss, and with whatever else the machine does:
+  their costs are multiplied by what the latest have taken over what the costs say of them.
 - Prefixes that another sequence has computed are not known of in advance: a prompt that shares one
   is read sooner than expected. Nor is loading (dE of Eq. 3): what a miss costs is in the measured
   steps, on average.
@@ -47,6 +49,7 @@ VERDICTS: tuple[Verdict, ...] = ("kept", "first_token_late", "pace_slow", "faile
 
 _FIRST_GUESS = 256  # tokens of an answer, before any has ended; recorded chats have 211 on average
 _REMEMBERED = 256  # answers of a task
+_LATEST_STEPS = 64  # by which steps' costs are corrected: a step's weight falls to 1/e in so many
 
 
 class AnswerLengths:
@@ -93,7 +96,8 @@ class Objectives:
         lengths: What is known of answers' lengths, and learned; None knows nothing yet.
 
     Attributes:
-        costs: As given, or as measured.
+        costs: As given, or as measured; without the correction.
+        cost_factor: That correction.
         is_ruling: Whether the batch takes whom `decide` says; else sequences run as they came.
         counts: Requests with objectives that are over, by task and verdict.
         num_overtaken: How often a waiting request was overtaken by a later arrival.
@@ -121,7 +125,8 @@ class Objectives:
             raise ValueError(f"max_overtaken={max_overtaken}: must be at least 0")
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
         self._max_overtaken = max_overtaken
-        self._scheduler: SloScheduler | None = None
+        self._max_batch = self._max_tokens = 0
+        self._spent_s = self._said_s = 0.0  # by the latest steps, and what costs say of them
         self._lengths = lengths or AnswerLengths()
         self._open: dict[str, _Open] = {}
         self._overtaken: Counter[str] = Counter()
@@ -133,7 +138,12 @@ class Objectives:
     @property
     def is_ruling(self) -> bool:
         """See the class."""
-        return self._scheduler is not None
+        return self._max_batch > 0
+
+    @property
+    def cost_factor(self) -> float:
+        """See the class."""
+        return self._spent_s / self._said_s if self._said_s else 1.0
 
     def rule(self, *, costs: StepCosts, max_batch: int, max_tokens: int) -> None:
         """From now on `decide` is asked.
@@ -143,17 +153,28 @@ class Objectives:
             max_batch: Sequences that run at once.
             max_tokens: That the KV cache holds.
         """
-        self.costs = costs
-        self._scheduler = SloScheduler(
-            costs=costs,
-            max_batch=max_batch,
-            max_tokens=max_tokens,
-            max_overtaken=self._max_overtaken,
-        )
+        self.costs, self._max_batch, self._max_tokens = costs, max_batch, max_tokens
+        # As if as many steps had taken what they should: the first ones prove little.
+        self._said_s = _LATEST_STEPS * costs.step_s(num_sequences=1, num_prompt_tokens=0)
+        self._spent_s = self._said_s
 
     def arrive(self, decoding: Decoding) -> None:
         """A sequence has come."""
         self._open[decoding.key] = _Open(decoding)
+
+    def step(self, *, num_sequences: int, num_prompt_tokens: int, spent_s: float) -> None:
+        """A step of the batch is over.
+
+        Args:
+            num_sequences: In it.
+            num_prompt_tokens: That it has read.
+            spent_s: What it took.
+        """
+        assert self.costs is not None
+        said_s = self.costs.step_s(num_sequences=num_sequences, num_prompt_tokens=num_prompt_tokens)
+        left = 1 - 1 / _LATEST_STEPS
+        self._spent_s = left * self._spent_s + spent_s
+        self._said_s = left * self._said_s + said_s
 
     def decide(self, unread: Mapping[str, int], waiting: Sequence[str]) -> list[str]:
         """Who of those that wait is to be taken into the batch, in this order.
@@ -162,8 +183,14 @@ class Objectives:
             unread: Tokens to read yet of each sequence that was taken, by key.
             waiting: The others; those among them that have run before come first.
         """
-        assert self._scheduler is not None
         assert self.costs is not None
+        costs = self.costs.times(self.cost_factor)
+        scheduler = SloScheduler(
+            costs=costs,
+            max_batch=self._max_batch,
+            max_tokens=self._max_tokens,
+            max_overtaken=self._max_overtaken,
+        )
         now_s = time.perf_counter()
         begun = [key for key in waiting if self._has_begun(key)]
         running = [
@@ -172,13 +199,13 @@ class Objectives:
         ]
         left = [self._request(key) for key in waiting if key not in begun]
         left.sort(key=lambda request: request.arrival_s)
-        taken = self._scheduler.admit(
+        taken = scheduler.admit(
             now_s=now_s, running=running, waiting=left, overtaken=self._overtaken
         )
         passed = overtakes(left, taken)
         self._overtaken.update(passed)
         self.num_overtaken += sum(passed.values())
-        expected = expect([*running, *map(Progress, taken)], now_s=now_s, costs=self.costs)
+        expected = expect([*running, *map(Progress, taken)], now_s=now_s, costs=costs)
         for at, request in enumerate(taken, start=len(running)):
             one = self._open[request.name]
             one.request = request

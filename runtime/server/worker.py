@@ -19,8 +19,9 @@ Knows nothing of queues, threads, states or HTTP. Shape letters: V is the vocabu
 
 import itertools
 import logging
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,7 @@ from torch import Tensor
 from runtime.observed_request import PassRow
 from runtime.server.batched_path import BatchedPath
 from runtime.server.decoding import Decoding
+from runtime.server.endings import EndFn, Endings
 from runtime.server.objectives import Objectives
 from runtime.server.path_choice import Mode, PathChoice
 from runtime.server.recording import TrafficRecorder
@@ -46,8 +48,6 @@ from runtime.server.single_path import SinglePath
 logger = logging.getLogger(__name__)
 
 _KV_TOKENS = 32768  # by default no more, unless one sequence's context is longer
-
-EndFn = Callable[[Generation, Outcome], None]
 
 
 class Worker:
@@ -113,6 +113,9 @@ class Worker:
             vocab_size=model.config.get_text_config(decoder=True).vocab_size,
         )
         self._recorder = recorder
+        self._endings = Endings(
+            on_end=on_end, offload=offload, objectives=objectives, recorder=recorder
+        )
         self._tap = RoutingTap(model, is_wanted=self._wants_routing)
         self._keys = (str(number) for number in itertools.count())
         self._single = SinglePath(
@@ -198,8 +201,9 @@ class Worker:
         self._single.remove()
         self._incoming.clear()
         self._batched.clear()
+        self._failed.clear()
         for decoding in running:
-            self._fail(decoding, error, outcome)
+            self._endings.fail(decoding, error, outcome)
         if self._batch is not None and running:
             self._batch.reset()
 
@@ -288,6 +292,7 @@ class Worker:
     def _step_batch(self) -> bool:
         if self._batch is None or not self._batched:
             return False
+        started_s = time.perf_counter()
         try:
             rows = self._batch.step()
         except Exception as error:
@@ -295,12 +300,18 @@ class Worker:
             failed, self._batched = self._batched, []
             self.num_resets += 1
             for decoding in failed:
-                self._fail(decoding, error, "error")
+                self._failed.pop(decoding.key, None)
+                self._endings.fail(decoding, error, "error")
             self._batch.reset()
             self._tap.begin_anew()
             return True
         if rows:
-            self._tell_step(rows, num_chosen=len(self._batch.choosing))
+            spent_s = time.perf_counter() - started_s
+            num_read = self._tell_step(rows, num_chosen=len(self._batch.choosing))
+            if self._objectives is not None:
+                self._objectives.step(
+                    num_sequences=len(rows), num_prompt_tokens=num_read, spent_s=spent_s
+                )
         for decoding in [d for d in self._batched if self._is_over(d)]:
             self._batched.remove(decoding)
             self._batch.remove(decoding)
@@ -352,24 +363,26 @@ class Worker:
             decoding.last_piece = piece  # said once its place is free: who hears it may ask again
         return piece.token_id
 
-    def _tell_step(self, rows: Sequence[PassRow], *, num_chosen: int) -> None:
+    def _tell_step(self, rows: Sequence[PassRow], *, num_chosen: int) -> int:
+        """Say that a pass is over; returns how many prompt tokens it has read."""
         num_read = sum(len(row.ids) for row in rows if row.position < len(row.prompt_ids))
         self.observer.on_step(num_tokens=num_read + num_chosen, num_sequences=len(rows))
+        return num_read
 
     def _drop_cancelled(self) -> None:
         for decoding in [d for d in self._incoming if d.generation.cancelled]:
             self._incoming.remove(decoding)
-            self._end(decoding, "abort")
+            self._endings.end(decoding, "abort")
         for decoding in [d for d in self._batched if d.generation.cancelled]:
             assert self._batch is not None
             self._batched.remove(decoding)
             self._batch.remove(decoding)
-            self._end(decoding, "abort")
+            self._endings.end(decoding, "abort")
         lone = self._single.decoding
         if lone is not None and lone.generation.cancelled:
             self._single.remove()
             self._tap.begin_anew()  # only if somebody still asks
-            self._end(lone, "abort")
+            self._endings.end(lone, "abort")
 
     def _is_over(self, decoding: Decoding) -> bool:
         return decoding.finish_reason is not None or decoding.key in self._failed
@@ -379,33 +392,9 @@ class Worker:
         if error is not None:
             request_id = decoding.generation.request.request_id
             logger.error("Request %s failed", request_id, exc_info=error)
-            self._fail(decoding, error, "error")
+            self._endings.fail(decoding, error, "error")
         else:
-            assert decoding.finish_reason is not None
-            assert decoding.last_piece is not None
-            self._record(decoding)
-            self._end(decoding, decoding.finish_reason)
-            decoding.generation.sink(decoding.last_piece)
-
-    def _record(self, decoding: Decoding) -> None:
-        if self._recorder is None:
-            return
-        if (routed := decoding.routed()) is not None:
-            self._recorder.add(routed)
-        elif not self._recorder.is_active:
-            self._recorder.leave_out()
-
-    def _fail(self, decoding: Decoding, error: Exception, outcome: Outcome) -> None:
-        self._failed.pop(decoding.key, None)
-        decoding.generation.sink(Failure(decoding.generation.index, error))
-        self._end(decoding, outcome)
-
-    def _end(self, decoding: Decoding, outcome: Outcome) -> None:
-        if self._offload is not None:
-            self._offload.end_request(decoding.key, remember=outcome in ("stop", "length"))
-        if self._objectives is not None:
-            self._objectives.end(decoding, outcome)
-        self._on_end(decoding.generation, outcome)
+            self._endings.finish(decoding)
 
     def _announce(self, rows: Sequence[PassRow]) -> None:
         self._tap.announce(rows)

@@ -171,6 +171,27 @@ def test_estimates_are_held_against_what_came() -> None:
     assert objectives.end_error_s == pytest.approx(5.0, abs=0.05)
 
 
+def test_costs_follow_what_steps_take() -> None:
+    """A step that takes twice what it should leaves half the time for everything."""
+    objectives = ruling()
+    assert objectives.cost_factor == 1.0
+    for _ in range(1000):
+        objectives.step(num_sequences=3, num_prompt_tokens=7, spent_s=2 * (3 + 7))
+    assert objectives.cost_factor == pytest.approx(2.0, rel=1e-4)
+    one = decoding("a", prompt=5)
+    objectives.decide({}, arrived(objectives, one))
+    one.generation.timings.arrived_s = time.perf_counter()
+    ended(one, "length", objectives, ttft_s=8.0, tpot_s=2.0)
+    assert objectives.first_token_error_s == pytest.approx(2 * 6.0 - 8.0, abs=0.05)
+    assert objectives.costs == SLOW
+
+
+def test_one_slow_step_is_no_slow_machine() -> None:
+    objectives = ruling()
+    objectives.step(num_sequences=1, num_prompt_tokens=0, spent_s=5.0)
+    assert 1.0 < objectives.cost_factor < 1.1
+
+
 @pytest.mark.parametrize(
     ("wrong", "complaint"),
     [
