@@ -73,7 +73,7 @@ class Options:
     """
 
     arrivals: str = "azure_llm_2023_conv"
-    requests: int = 240
+    requests: int = 200
     loads: tuple[float, ...] = (0.8, 1.0, 1.2)
     repeats: int = 5
     max_batch: int = 16

@@ -68,8 +68,8 @@ class StepCosts:
     def __post_init__(self) -> None:
         """Check the values."""
         for name in ("fixed_s", "sequence_s", "prompt_token_s"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0")
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, and finite")
         if self.fixed_s + self.sequence_s <= 0:
             raise ValueError("fixed_s + sequence_s: must be above 0, a token takes time")
         if self.step_tokens < 1:

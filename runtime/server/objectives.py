@@ -21,13 +21,11 @@ estimates of those that did were off.
 Knows nothing of transformers, threads or HTTP.
 """
 
-import logging
 import math
 import time
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 from runtime.scheduler import (
@@ -42,8 +40,6 @@ from runtime.scheduler import (
 from runtime.server.decoding import Decoding
 from runtime.server.sequence import Outcome, Timings
 
-logger = logging.getLogger(__name__)
-
 Verdict = Literal["kept", "first_token_late", "pace_slow", "failed"]
 VERDICTS: tuple[Verdict, ...] = ("kept", "first_token_late", "pace_slow", "failed")
 
@@ -57,15 +53,22 @@ class AnswerLengths:
 
     def __init__(self) -> None:
         self._by_task: dict[str, deque[int]] = {}
+        self._sums: Counter[str] = Counter()  # of those
 
     def add(self, task: str, num_tokens: int) -> None:
         """An answer has ended."""
-        self._by_task.setdefault(task, deque(maxlen=_REMEMBERED)).append(num_tokens)
+        known = self._by_task.setdefault(task, deque())
+        known.append(num_tokens)
+        self._sums[task] += num_tokens
+        if len(known) > _REMEMBERED:
+            self._sums[task] -= known.popleft()
 
     def expected(self, task: str, max_tokens: int) -> int:
         """Tokens of an answer that may have ``max_tokens``, at least 1."""
-        known = self._by_task.get(task) or [n for of in self._by_task.values() for n in of]
-        return max(1, min(max_tokens, round(fmean(known)) if known else _FIRST_GUESS))
+        of = [task] if task in self._by_task else list(self._by_task)
+        num_known = sum(len(self._by_task[one]) for one in of)
+        mean = sum(self._sums[one] for one in of) / num_known if num_known else _FIRST_GUESS
+        return max(1, min(max_tokens, round(mean)))
 
 
 @dataclass(slots=True)

@@ -6,7 +6,7 @@ no field of OpenAI's bodies says it, and since a gateway may add them. A server 
 objectives refuses them by name.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, NamedTuple
 
@@ -30,14 +30,14 @@ class AskedObjectives(NamedTuple):
         return [replace(s, ttft_s=self.ttft_s, tpot_s=self.tpot_s) for s in sequences]
 
 
-def reads_objectives(*, are_kept: bool) -> Callable[..., AskedObjectives]:
+def reads_objectives(*, are_kept: bool) -> Callable[..., Awaitable[AskedObjectives]]:
     """A dependency of routes that gives what a request asks.
 
     Args:
         are_kept: Whether the server keeps objectives; else the headers are not on its page.
     """
 
-    def read(
+    async def read(
         ttft_ms: Annotated[
             float | None,
             Header(
@@ -64,7 +64,7 @@ def reads_objectives(*, are_kept: bool) -> Callable[..., AskedObjectives]:
             None if tpot_ms is None else tpot_ms / 1e3,
         )
 
-    def refuse(request: Request) -> AskedObjectives:
+    async def refuse(request: Request) -> AskedObjectives:
         for name in _NAMES:
             if name in request.headers:
                 raise APIError(

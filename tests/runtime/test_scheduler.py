@@ -148,6 +148,7 @@ def test_overtaking_is_counted_by_later_arrivals() -> None:
         (lambda: request(tpot_s=math.nan), "tpot_s=nan"),
         (lambda: request(load_s=-1.0), "load_s=-1.0"),
         (lambda: StepCosts(fixed_s=-1.0, sequence_s=1.0, prompt_token_s=1.0), "fixed_s=-1.0"),
+        (lambda: StepCosts(fixed_s=1.0, sequence_s=math.nan, prompt_token_s=1.0), "sequence_s=nan"),
         (lambda: StepCosts(fixed_s=0.0, sequence_s=0.0, prompt_token_s=1.0), "above 0"),
         (lambda: SloScheduler(costs=UNIT, max_batch=0), "max_batch=0"),
         (lambda: SloScheduler(costs=UNIT, max_batch=1, max_tokens=0), "max_tokens=0"),
