@@ -257,7 +257,7 @@ def artifact_digest(path: Path) -> str:
 def _constructed(entry: PredictorEntry, path: Path) -> Predictor:
     config = dict(entry.config)
     if entry.embedder is not None:
-        config["embedder"] = _same_embedder(entry.embedder, path)
+        config["embedder"] = same_embedder(entry.embedder, path)
     try:
         if "members" in config:
             config["members"] = {
@@ -276,7 +276,13 @@ def _index_files(predictor: Predictor, prefix: str = "") -> Iterator[tuple[str, 
         yield from _index_files(member, f"{prefix}{name}.")
 
 
-def _same_embedder(entry: EmbedderEntry, path: Path) -> Embedder:
+def same_embedder(entry: EmbedderEntry, path: Path) -> Embedder:
+    """The embedder that the artifact in folder ``path`` was made with.
+
+    Raises:
+        SpecMismatchError: Here it has other weights.
+        ValueError: There is none of that kind.
+    """
     embedder = embedder_class(entry.kind)(**entry.config)
     if embedder.fingerprint != entry.fingerprint:
         raise SpecMismatchError(

@@ -68,8 +68,8 @@ class KeywordReader(TaskReader):
     def __init__(self, *, keywords: Mapping[str, Sequence[str]], fallback: str) -> None:
         if fallback not in keywords:
             raise ValueError(f"fallback={fallback!r}: must be one of {sorted(keywords)}")
-        self.tasks = tuple(keywords)
-        self.keywords = {task: tuple(words) for task, words in keywords.items()}
+        self.tasks = tuple(sorted(keywords))  # a JSON object has no order
+        self.keywords = {task: tuple(keywords[task]) for task in self.tasks}
         self.fallback = fallback
         self._task_of_word: dict[str, int] = {}
         for place, (task, words) in enumerate(self.keywords.items()):
