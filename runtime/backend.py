@@ -59,6 +59,10 @@ class OffloadStats:
         moved: Experts brought in between requests, by `Offload.keep_resident`; no misses.
         routed: (token, expert) pairs that a router which was restricted has routed.
         rerouted: Those of them whose expert it would not have chosen.
+        resident_plans: Times that a planner has decided anew who is resident.
+        layers_changed: Layers in which such a decision changed something, summed over decisions.
+        layers_kept: Layers that it left as they were: nobody minds, or little would be won.
+        requests_of_task: Requests by the task that was read from their prompts.
         predictor: Kind of the predictor whose forecasts are asked for; None if none is.
         predictor_failed: Whether it has raised and is switched off; `policy` "lfru" goes on then.
         predictor_forgets: Whether it would follow finished requests on a host, and cannot inside
@@ -94,6 +98,10 @@ class OffloadStats:
     moved: int = 0
     routed: int = 0
     rerouted: int = 0
+    resident_plans: int = 0
+    layers_changed: int = 0
+    layers_kept: int = 0
+    requests_of_task: Mapping[str, int] = field(default_factory=dict)
     predictor: str | None = None
     predictor_failed: bool = False
     predictor_forgets: bool = False

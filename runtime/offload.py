@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from data.adapters import MoELayer
+from data.errors import SpecMismatchError
 from data.schema import MoESpec
 from predictors.base import Predictor
 from runtime.attach_checks import NAME_PREFIX, check_scores, check_spec
@@ -30,8 +31,10 @@ from runtime.expert_view import ExpertView
 from runtime.observer import Observer, PassRow
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
+from runtime.resident_planner import ResidentPlanner
 from runtime.resident_routing import ResidentRouting, most_wanted
 from runtime.served_predictor import ServedPredictor
+from runtime.served_residents import ServedResidents, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class Offload:
         self._leaving: list[ServedPredictor] = []  # swapped out, and not at rest yet
         self._graph: DecodeGraph | None = None
         self._restricted: ResidentRouting | None = None
+        self._residents: ServedResidents | None = None
         self._undo = ExitStack()
         self._attached = True
         self._name = f"{NAME_PREFIX}{id(self):x}"
@@ -88,6 +92,8 @@ class Offload:
             stats = self._predictor.add_to(stats)
         if self._restricted is not None:
             stats = self._restricted.add_to(stats)
+        if self._residents is not None:
+            stats = self._residents.add_to(stats)
         return stats if self._graph is None else self._graph.add_to(stats)
 
     def view(self, *, goes_on: bool = True) -> ExpertView:
@@ -113,6 +119,8 @@ class Offload:
 
     def announce(self, rows: Sequence[PassRow]) -> None:
         """Say whose tokens the next pass computes; otherwise those of the rows of its input."""
+        if self._residents is not None:
+            self._residents.announce(rows)
         if (observer := self._row_observer()) is not None:
             observer.announce(rows)
         elif rows[0].position == 0:
@@ -139,6 +147,8 @@ class Offload:
 
     def end_request(self, key: str, *, remember: bool = True) -> None:
         """Say that an announced sequence is over, and whether it counts as a finished request."""
+        if self._residents is not None:
+            self._residents.end_request(key, remember=remember)
         if (observer := self._row_observer()) is not None:
             observer.end_request(key, remember=remember)
 
@@ -152,13 +162,35 @@ class Offload:
         Raises:
             ValueError: The mode is another, or there is not one number per expert.
         """
-        if self._restricted is None:
-            raise ValueError("mode='lossless': its policy decides what is resident")
+        restricted = self._lossy()
         check_scores(scores_LE, self.spec)
         resident_LE = most_wanted(scores_LE, self.slots)
         assert isinstance(self._backend, CpuBackend)
         self._backend.make_resident(resident_LE)
-        self._restricted.allow(resident_LE)
+        restricted.allow(resident_LE)
+
+    def plan_residents(self, planner: ResidentPlanner, *, waiting: Waiting = tuple) -> None:
+        """Let ``planner`` say who is resident, between announced requests (mode "resident_only").
+
+        Args:
+            planner: For this model and these slots.
+            waiting: Tells the requests in the queue: of each the prompt's text and its tokens.
+
+        Raises:
+            SpecMismatchError: Its profile is of another model.
+            ValueError: The mode is another, or it plans for other slots.
+        """
+        restricted = self._lossy()
+        if difference := planner.profile.spec.mismatch(self.spec):
+            raise SpecMismatchError(f"the profile of tasks is of another model: {difference}")
+        if planner.slots != self.slots:
+            raise ValueError(f"slots={planner.slots}: the offload has {self.slots}")
+        self._residents = ServedResidents(
+            planner,
+            keep_resident=lambda resident_LE: self.keep_resident(resident_LE.float()),
+            take_use=restricted.take_use,
+            waiting=waiting,
+        )
 
     def swap_predictor(self, predictor: Predictor) -> None:
         """Let another predictor forecast from the next pass on, by the policy given at `attach`.
@@ -180,6 +212,11 @@ class Offload:
             self._graph.forget()  # before its steps' memory goes with the old one
         before.remove()
         self._leaving = [one for one in (*self._leaving, before) if not one.join(0.0)]
+
+    def _lossy(self) -> ResidentRouting:
+        if self._restricted is None:
+            raise ValueError("mode='lossless': its policy decides what is resident")
+        return self._restricted
 
     def _row_observer(self) -> Observer | None:
         """Who can tell the sequences of a pass apart, if anybody watches in that way."""

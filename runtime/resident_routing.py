@@ -92,6 +92,7 @@ class ResidentRouting:
     def __init__(self, *, layers: Sequence[MoELayer], spec: MoESpec) -> None:
         self.routed = self.rerouted = 0
         self._top_k = spec.top_k
+        self._wanted_LE = torch.zeros(spec.num_layers, spec.num_experts)
         self._resident_LE = torch.ones(spec.num_layers, spec.num_experts, dtype=torch.bool)
         self._is_normalised = _is_normalised(layers[0], top_k=spec.top_k)
         self._handles: list[RemovableHandle] = [
@@ -119,6 +120,19 @@ class ResidentRouting:
             )
         self._resident_LE = resident_LE.clone()
 
+    def take_use(self) -> Tensor | None:
+        """What the routers would have chosen freely since this was last asked.
+
+        Of the tokens as they were computed: what they would have wanted after layers that are not
+        restricted, nobody knows.
+
+        Returns:
+            float32 [L, E], the share of the tokens that wanted each expert; None without any.
+        """
+        wanted_LE, self._wanted_LE = self._wanted_LE, torch.zeros_like(self._wanted_LE)
+        num_tokens = float(wanted_LE[0].sum()) / self._top_k
+        return wanted_LE / num_tokens if num_tokens else None
+
     def add_to(self, stats: OffloadStats) -> OffloadStats:
         """The same figures, with those of the routing."""
         return dataclasses.replace(
@@ -137,6 +151,7 @@ class ResidentRouting:
             resident_E = self._resident_LE[moe.layer]
             is_absent = ~resident_E[ids]
             self.routed += ids.numel()
+            self._wanted_LE[moe.layer] += ids.flatten().bincount(minlength=len(resident_E))
             if not is_absent.any():
                 return output  # to the bit what the model would do
             self.rerouted += int(is_absent.sum())

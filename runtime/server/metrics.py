@@ -256,8 +256,23 @@ class ExpertCollector(Collector):
                 ("moved", "Experts made resident between requests.", stats.moved),
                 ("routed", "Experts that tokens were routed to.", stats.routed),
                 ("rerouted", "Those that the router would not have chosen.", stats.rerouted),
+                (
+                    "resident_plans",
+                    "Times that it was decided anew who is resident.",
+                    stats.resident_plans,
+                ),
+                ("layers_changed", "Layers that this has changed.", stats.layers_changed),
+                ("layers_kept", "Layers that it has left as they were.", stats.layers_kept),
             ):
                 yield self._counter(name, text, value)
+            tasks = CounterMetricFamily(
+                "moecast_expert_requests",
+                "Requests by the task that was read from their prompts.",
+                labels=("model_name", "task"),
+            )
+            for task, count in stats.requests_of_task.items():
+                tasks.add_metric([self._model_name, task], count)
+            yield tasks
         if stats.predictor is not None:
             yield self._counter(
                 "forecasts_used", "Passes that had a forecast to go by.", stats.forecasts_used

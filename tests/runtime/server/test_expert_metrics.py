@@ -36,7 +36,8 @@ def test_whatever_an_offload_counts_is_shown() -> None:
     """Each field of `OffloadStats` changes a sample: whoever adds one adds its metric."""
     device: dict[str, Any] = {"is_pinned": True, "cpu_lane_on": True, "predictor": "p"}
     device |= {"mode": "resident_only", "judged_experts": 1, "foreseen_experts": 1}
-    others = {"eager_calls": {"labels": 3}, "predictor": None, "mode": "lossless"}
+    others: dict[str, Any] = {"requests_of_task": {"code": 2}, "eager_calls": {"labels": 3}}
+    others |= {"predictor": None, "mode": "lossless"}
     for field in dataclasses.fields(OffloadStats):
         changed: Any = others.get(field.name, 7)
         if field.name in ("is_pinned", "cpu_lane_on"):
