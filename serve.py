@@ -6,6 +6,7 @@ python serve.py policy=lru                      # no forecasts: the usual cache
 python serve.py device=cpu                      # although there is a GPU
 python serve.py serve.port=9000
 python serve.py serve.host=0.0.0.0 serve.api_key_file=keys.txt  # for other machines, with a key
+python serve.py serve.mode=resident_only serve.task_profile=outputs/profile     # LOSSY
 python serve.py --check                         # compare with the resident model, and exit
 """
 
@@ -29,7 +30,9 @@ from data.models import load_model
 from data.schema import MoESpec
 from predictors.artifact import artifact_digest, load_artifact, read_manifest
 from predictors.base import Predictor
-from runtime.attach_checks import pick_device
+from predictors.task_profile import TaskProfile
+from predictors.task_profile_file import load_profile
+from runtime.attach_checks import MODES, pick_device
 from runtime.budget import parse_budget
 from runtime.check import CHECK_PROMPT, Recording, compare, format_check, record
 from runtime.engine import attach
@@ -38,6 +41,7 @@ from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.scheduler import StepCosts
+from runtime.resident_planner import ResidentPlanner
 from runtime.server.app import create_app
 from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
@@ -59,12 +63,14 @@ class Chosen(NamedTuple):
     Attributes:
         policy: What to keep.
         predictor: Whose forecasts it reads; None for none.
-        digest: `artifact_digest` of the artifact that it was read from.
+        digest: `artifact_digest` of the artifact that it was read from, if a new one may follow it.
+        profile: Of tasks, where the mode is "resident_only"; the policy then decides nothing.
     """
 
     policy: Policy
     predictor: Predictor | None = None
     digest: str | None = None
+    profile: TaskProfile | None = None
 
 
 def newest_artifact(folder: Path, spec: MoESpec, *, level: int = logging.INFO) -> Path | None:
@@ -106,6 +112,13 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
     if cfg.cpu_lane not in (False, True, "auto"):
         raise ValueError(f"cpu_lane={cfg.cpu_lane}: must be one of false, true, auto")
     mode: Mode = cfg.serve.engine
+    if is_lossy(cfg, device):
+        if mode == "batched":
+            raise ValueError(
+                "serve.engine=batched with serve.mode=resident_only: residents change between "
+                "requests, and in a batch one always runs; give serve.engine=single"
+            )
+        return "single"
     if device.type == "cpu" or _is_share(cfg):
         return mode
     if mode == "batched":
@@ -164,6 +177,32 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def is_lossy(cfg: DictConfig, device: torch.device) -> bool:
+    """Whether the mode is "resident_only", with everything that this needs.
+
+    Raises:
+        ValueError: The mode is unknown, or goes with nothing else that is asked for.
+    """
+    mode = cfg.serve.mode
+    if mode not in MODES:
+        raise ValueError(f"serve.mode={mode}: must be one of {', '.join(MODES)}")
+    if mode == "lossless":
+        if cfg.serve.task_profile:
+            raise ValueError(
+                f"serve.task_profile={cfg.serve.task_profile}: only for serve.mode=resident_only"
+            )
+        return False
+    for is_wrong, why in (
+        (device.type != "cpu", f"device={device}: only a CPU serves so; give device=cpu"),
+        (not cfg.serve.task_profile, "needs serve.task_profile; python -m runtime.profile_tasks"),
+        (cfg.check, "--check: answers are not the resident model's, there is nothing to compare"),
+        (cfg.serve.record, "serve.record: routing is not the model's own, and no trace of it"),
+    ):
+        if is_wrong:
+            raise ValueError(f"serve.mode=resident_only with {why}")
+    return True
+
+
 def _is_share(cfg: DictConfig) -> bool:
     return bool(cfg.budget.strip().endswith("%"))
 
@@ -186,8 +225,47 @@ def server_options(cfg: DictConfig) -> ServerOptions:
     return options
 
 
+def choose_residents(cfg: DictConfig, spec: MoESpec) -> Chosen:
+    """For the lossy mode: the profile of tasks, and the predictor if an artifact is named."""
+    profile = load_profile(Path(cfg.serve.task_profile), expect=spec)
+    predictor = load_artifact(Path(cfg.artifact), expect=spec) if cfg.artifact else None
+    log.warning(
+        "Mode resident_only (LOSSY): who is resident follows the tasks %s; policy %s is not asked",
+        ", ".join(profile.tasks),
+        cfg.policy._target_.rpartition(".")[2],
+    )
+    return Chosen(make_policy(FALLBACK_POLICY), predictor, profile=profile)
+
+
+def attached(cfg: DictConfig, model: Any, chosen: Chosen, placed: dict[str, Any]) -> Offload:
+    """The model with its experts offloaded, in the mode asked for."""
+    if chosen.profile is None:
+        return attach(model, policy=chosen.policy, predictor=chosen.predictor, **placed)
+    scores_LE = chosen.profile.use_GLE.mean(dim=0)
+    return attach(model, mode=cfg.serve.mode, resident_scores_LE=scores_LE, **placed)
+
+
+def plan_residents(
+    cfg: DictConfig, engine: GenerationEngine, offload: Offload, chosen: Chosen
+) -> None:
+    """Let residents follow the requests, where the mode is lossy."""
+    if chosen.profile is None:
+        return
+    planner = ResidentPlanner(
+        profile=chosen.profile,
+        slots=offload.slots,
+        period=cfg.serve.resident_period,
+        skip_loss=cfg.serve.resident_skip_loss,
+        min_agreement=cfg.serve.resident_min_agreement,
+        predictor=chosen.predictor,
+    )
+    offload.plan_residents(planner, waiting=engine.waiting_prompts)
+
+
 def choose_policy(cfg: DictConfig, spec: MoESpec) -> Chosen:
     """The policy asked for with the artifact that it reads, or the fallback where there is none."""
+    if cfg.serve.mode != "lossless":
+        return choose_residents(cfg, spec)
     policy: Policy = build(cfg.policy)
     if policy.foresight != "forecast":
         return Chosen(policy)
@@ -232,7 +310,7 @@ def run(cfg: DictConfig) -> int:
             cfg.model.id, dtype=cfg.model.dtype, revision=cfg.model.revision
         )
         spec = spec_of(model, model_id=cfg.model.id)
-        policy, predictor, digest = choose_policy(cfg, spec)
+        chosen = choose_policy(cfg, spec)
         resident = None
         if reserved is None:
             resident = record(model, tokenizer(CHECK_PROMPT).input_ids)
@@ -245,14 +323,7 @@ def run(cfg: DictConfig) -> int:
                 prompts=cfg.serve.record_prompts,
                 max_requests=cfg.serve.record_max_requests,
             )
-        offload = stack.enter_context(
-            attach(
-                model,
-                policy=policy,
-                predictor=predictor,
-                **place(cfg, spec, device),
-            )
-        )
+        offload = stack.enter_context(attached(cfg, model, chosen, place(cfg, spec, device)))
         if resident is not None:
             return check(model, offload, resident)
         assert reserved is not None
@@ -269,10 +340,11 @@ def run(cfg: DictConfig) -> int:
             objectives=objectives,
             recorder=recorder,
         )
-        if digest is not None:
+        plan_residents(cfg, engine, offload, chosen)
+        if chosen.digest is not None:
             reloader = ArtifactReloader(
                 find=partial(find_artifact, cfg, spec, level=logging.DEBUG),
-                served=digest,
+                served=chosen.digest,
                 spec=spec,
                 swap=lambda new: engine.between_steps(partial(offload.swap_predictor, new)),
                 poll_s=cfg.serve.artifact_reload_s,

@@ -200,10 +200,10 @@ def attach(
         offload.detach()
         raise
     logger.info(
-        "Attached %s on %s: %s slots per layer, policy %s",
+        "Attached %s on %s: %s slots per layer, %s",
         spec.describe(),
         target,
         sorted(set(num_slots)),
-        policy.name,
+        f"policy {policy.name}" if mode == "lossless" else f"mode {mode} (LOSSY)",
     )
     return offload

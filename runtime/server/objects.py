@@ -17,13 +17,17 @@ RoutedExperts = Annotated[
 
 
 class ModelCard(BaseModel):
-    """One entry of ``GET /v1/models``; ``max_model_len`` is vLLM's, in tokens."""
+    """One entry of ``GET /v1/models``; ``max_model_len`` is vLLM's, in tokens.
+
+    ``mode`` is ours: "lossless", or the name of what makes answers others than the model's own.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "moecast"
     max_model_len: int
+    mode: str = "lossless"
 
 
 class ModelList(BaseModel):

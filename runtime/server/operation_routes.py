@@ -58,7 +58,10 @@ def operation_routes(front: Front, metrics: ServerMetrics, *, version: str) -> A
     router = APIRouter()
     engine, tokenizer = front.engine, front.engine.tokenizer
     card = ModelCard(
-        id=front.model_name, created=front.created, max_model_len=engine.max_context_tokens
+        id=front.model_name,
+        created=front.created,
+        max_model_len=engine.max_context_tokens,
+        mode="lossless" if engine.offload is None else engine.offload.stats().mode,
     )
 
     @router.get("/health", response_model=Health, responses={503: {"model": Health}})

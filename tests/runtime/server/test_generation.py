@@ -200,6 +200,18 @@ def test_a_full_queue_refuses_all_of_a_request_or_none(start: Start) -> None:
     assert len(engine.submit([request(max_tokens=1)] * 3, Listener())) == 3
 
 
+def test_those_that_wait_are_told_in_the_order_in_which_they_came(start: Start) -> None:
+    model = ScriptedModel([20], permits=1)
+    engine = start(model)
+    submit_one(engine, Listener(), max_tokens=1, prompt_text="runs")
+    wait_until(lambda: engine.num_running == 1)
+    cancelled = submit_one(engine, Listener(), prompt_text="cancelled")
+    submit_one(engine, Listener(), prompt_ids=[10, 11], prompt_text="first")
+    submit_one(engine, Listener(), prompt_ids=[12])
+    cancelled.cancel()
+    assert engine.waiting_prompts() == [("first", 2), (engine.tokenizer.decode([12]), 1)]
+
+
 def test_a_cancelled_sequence_frees_the_engine(start: Start) -> None:
     model = ScriptedModel([20], permits=1)
     engine = start(model)

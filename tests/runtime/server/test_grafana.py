@@ -1,18 +1,21 @@
 """The Grafana board asks for metrics, labels and types that a server really exposes."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.server.metrics import ExpertCollector
 from runtime.server.objectives import Objectives
 from tests.runtime.server.clients import NAME
 from tests.runtime.server.dashboard_pages import served
-from tests.runtime.server.fakes import WAIT_S
+from tests.runtime.server.fakes import NOTHING, WAIT_S, FakeOffload
 
 BOARD = Path(__file__).parents[3] / "deploy" / "grafana.json"
 NAMES = re.compile(r"\b(?:vllm:|moecast_)\w+")
@@ -34,13 +37,18 @@ def board() -> Any:
 
 @pytest.fixture(scope="module")
 def exposed() -> dict[str, Exposed]:
-    """Every sample that a server with a predictor and objectives has after one answer."""
+    """Every sample of a server with predictor and objectives, and those of a lossy one."""
     with served(objectives=Objectives(ttft_s=60.0)) as (url, _):
         body = {"model": NAME, "prompt": "hi", "max_tokens": 3}
         httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S).raise_for_status()
         text = httpx.get(f"{url}/metrics").text
+    lossy = FakeOffload()
+    lossy.counted = dataclasses.replace(NOTHING, mode="resident_only", requests_of_task={"code": 1})
+    registry = CollectorRegistry()
+    registry.register(ExpertCollector(cast(Any, lossy), model_name=NAME))
     return {
         sample.name: Exposed(family.type, set(sample.labels), sample.value)
+        for text in (generate_latest(registry).decode(), text)
         for family in text_string_to_metric_families(text)
         for sample in family.samples
     }
