@@ -19,7 +19,8 @@ and the best C of a layer are resident. Where the paper leaves something open, a
 - Skip rule: if no queued task is sensitive in a layer (all N are 0), it keeps what it has: the
   paper's. Ours besides: so it does if what is resident serves nearly as many of the expected tokens
   as the best choice would (``skip_loss``), since bytes are then moved for nothing.
-- Which requests are about to be scheduled the paper does not say: here all that wait.
+- Which requests are "about to be scheduled" the paper does not say. Here it is the next ``period``
+  of the queue: those that run with this decision's residents. For later ones there is a later one.
 
 Shape letters: G tasks · L MoE layers · E experts per layer · C slots.
 """
@@ -150,14 +151,15 @@ class ResidentPlanner:
         """Decide; `is_due` is then false until enough requests have begun.
 
         Args:
-            queue: The requests that it is for, in any order.
+            queue: The requests that begin and wait, in the order in which they will begin; those
+                beyond the period are left to the next decision.
 
         Returns:
             bool [L, E], `resident_LE`.
         """
         self._since_plan = 0
         tokens_LE = expected_tokens_LE(
-            queue,
+            queue[: self._period],
             use_GLE=self._use_GLE(),
             sensitive_GL=self._sensitive_GL,
             answer_tokens_G=self.profile.answer_tokens_G,

@@ -39,12 +39,18 @@ def test_an_expert_is_worth_the_tokens_of_sensitive_tasks_that_come_to_it() -> N
 
 
 def test_residents_are_those_of_the_task_that_brings_most_tokens() -> None:
-    asked = planner(period=1)
+    asked = planner(period=2)
     assert resident(asked.plan([Queued(CODE, 100)])) == [[0, 1], [0, 1]]
     assert resident(asked.plan([Queued(TALK, 100)])) == [[2, 3], [2, 3]]
     mixed = [Queued(CODE, 100), Queued(TALK, 80)]  # 110 * .75, .25 against 110 * .625, .375
     assert resident(asked.plan(mixed)) == [[0, 2], [0, 2]]
     assert (asked.num_plans, asked.layers_changed, asked.layers_kept) == (3, 6, 0)
+
+
+def test_only_requests_before_the_next_decision_count() -> None:
+    queue = [Queued(CODE, 1), Queued(CODE, 1), *[Queued(TALK, 900)] * 5]
+    assert resident(planner(period=2).plan(queue)) == [[0, 1], [0, 1]]
+    assert resident(planner(period=3).plan(queue)) == [[2, 3], [2, 3]]
 
 
 def test_layers_have_slots_of_their_own() -> None:
@@ -77,7 +83,7 @@ def test_what_is_due_stays_due_until_it_is_done() -> None:
 def test_a_layer_where_no_queued_task_is_sensitive_keeps_what_it_has() -> None:
     """The paper's skip rule; code minds layer 0 alone, talk minds both."""
     profile = profile_of(agreement_GL=[[0.5, 0.9], [0.5, 0.5]])
-    asked = planner(profile=profile, period=1, min_agreement=0.85)
+    asked = planner(profile=profile, period=2, min_agreement=0.85)
     asked.plan([Queued(TALK, 10)])
     assert resident(asked.plan([Queued(CODE, 10)])) == [[0, 1], [2, 3]]
     assert (asked.layers_changed, asked.layers_kept) == (3, 1)

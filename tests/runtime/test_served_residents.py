@@ -63,7 +63,7 @@ def test_a_request_gets_the_experts_of_its_task() -> None:
 
 def test_those_that_wait_count_too() -> None:
     model = tiny_model("qwen3_moe")
-    with lossy(model, waiting=[("hello there", 5000)]) as offload:
+    with lossy(model, waiting=[("hello there", 5000)], period=2) as offload:
         run(model, offload, [row("1", "def f")])
         assert (halves(offload) == 0).all()
 
