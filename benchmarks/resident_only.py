@@ -16,11 +16,14 @@ Who is resident: "random" experts (``seeds`` drawings); "popular" ones, by use i
 prompts (eMoE's Eq. 2 for one task, its f_i an offline statistic); and, for a bound, those that the
 request itself uses most under the full model ("own", which nobody knows before).
 
-Speed: greedy decoding of one request at a time, prompt included, by `attach` with as many slots:
-restricted ("popular"), exact (policy lru), and with all experts resident, in turns, ``repeats``
-rounds. Memory saved: experts without a slot. No speed is told without its quality.
+Speed, by `attach` with as many slots: restricted ("popular"), exact (policy lru), and with all
+experts resident, in turns, ``repeats`` rounds. Latency: greedy answers to one request at a time,
+whole and to the first token, prompt included. Throughput: answer tokens a second one request at a
+time, and of all ``timed_prompts`` together in one batch. Memory saved: experts without a slot. No
+speed is told without its quality.
 
-Ends with one line of JSON.
+What reading a request's task adds is measured by `benchmarks.resident_tasks`. Ends with one line of
+JSON.
 
 Shape letters: T tokens · L MoE layers · E experts per layer · V vocabulary.
 """
@@ -31,8 +34,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,7 +44,7 @@ from benchmarks.options import as_json, parse_options
 from benchmarks.record import record, spread
 from data.adapters import moe_layers, spec_of
 from data.models import load_model
-from data.observe import RouterRecorder
+from data.observe import RouterRecorder, continue_batch
 from data.sources.base import PromptSource
 from data.sources.shared_prompts import SharedPrompts
 from data.sources.stdlib import Stdlib
@@ -72,7 +76,7 @@ class Options:
         answer_tokens: Of each answer.
         residencies: Shares of the experts that have a slot.
         seeds: Drawings of random experts.
-        timed_prompts: Requests whose decoding is timed.
+        timed_prompts: Requests that are timed, one by one and together.
         repeats: Rounds of timing.
         out: Where to keep the result, or "".
     """
@@ -106,12 +110,55 @@ def read_prompts(options: Options, tokenizer: Any) -> tuple[list[Tensor], list[T
     return found["fit"], found["test"]
 
 
-def tokens_per_s(model: Any, prompts: Sequence[Tensor], num_tokens: int) -> float:
-    """Answer tokens a second, one request after the other."""
+class Speed(NamedTuple):
+    """Of one round of some requests.
+
+    Attributes:
+        request_s: Of each whole request, one after the other.
+        first_token_s: Of each until its first token.
+        batch_tokens_per_s: Answer tokens a second of all together.
+    """
+
+    request_s: list[float]
+    first_token_s: list[float]
+    batch_tokens_per_s: float
+
+
+def speed_of(model: Any, prompts: Sequence[Tensor], num_tokens: int) -> Speed:
+    """Answer each request alone, once to its first token and once whole, and then all together."""
+
+    def seconds(prompt_ids_T: Tensor, num: int) -> float:
+        started_s = time.perf_counter()
+        answered(model, prompt_ids_T, num)
+        return time.perf_counter() - started_s
+
+    first_token_s = [seconds(prompt_ids_T, 1) for prompt_ids_T in prompts]
+    request_s = [seconds(prompt_ids_T, num_tokens) for prompt_ids_T in prompts]
     started_s = time.perf_counter()
-    for prompt_ids_T in prompts:
-        answered(model, prompt_ids_T, num_tokens)
-    return len(prompts) * num_tokens / (time.perf_counter() - started_s)
+    continue_batch(
+        model,
+        [prompt_ids_T.tolist() for prompt_ids_T in prompts],
+        max_new_tokens=num_tokens,
+        eos_token_ids=(),
+    )
+    batch_s = time.perf_counter() - started_s
+    return Speed(request_s, first_token_s, len(prompts) * num_tokens / batch_s)
+
+
+def told(rounds: Sequence[Speed], num_tokens: int) -> dict[str, Any]:
+    """Latencies over all requests of all rounds, throughputs with their spread over rounds."""
+    request_s = [seconds for one in rounds for seconds in one.request_s]
+    first_s = [seconds for one in rounds for seconds in one.first_token_s]
+    return {
+        "request_s_p50": float(np.median(request_s)),
+        "request_s_p99": float(np.quantile(request_s, 0.99)),
+        "first_token_s_p50": float(np.median(first_s)),
+        "num_latencies": len(request_s),
+        "tokens_per_s": spread(
+            [len(one.request_s) * num_tokens / sum(one.request_s) for one in rounds]
+        ),
+        "batch_tokens_per_s": spread([one.batch_tokens_per_s for one in rounds]),
+    }
 
 
 def measure_quality(
@@ -152,7 +199,7 @@ def measure_speed(
     options: Options,
     store: str,
 ) -> dict[str, Any]:
-    """Answer tokens a second of three ways to serve, in turns."""
+    """Latency and throughput of three ways to serve, in turns."""
     num_experts = popular_LE.shape[1]
     ways: dict[str, dict[str, Any]] = {
         "resident_only": {
@@ -163,13 +210,13 @@ def measure_speed(
         "exact": {"policy": "lru", "slots": slots},
         "all_resident": {"policy": "lru", "slots": num_experts},
     }
-    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    rounds: dict[str, list[Speed]] = {name: [] for name in ways}
     for _ in range(options.repeats):
         for name, how in ways.items():
             with attach(model, store_dir=store, **how):
                 answered(model, prompts[0], options.answer_tokens)  # warms caches and allocator
-                speeds[name].append(tokens_per_s(model, prompts, options.answer_tokens))
-    return {name: spread(found) for name, found in speeds.items()}
+                rounds[name].append(speed_of(model, prompts, options.answer_tokens))
+    return {name: told(found, options.answer_tokens) for name, found in rounds.items()}
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -200,7 +247,7 @@ def run(options: Options) -> dict[str, Any]:
                     "quality": measure_quality(
                         model, slots, popular_LE, judged, seeds=options.seeds, store=store
                     ),
-                    "tokens_per_s": measure_speed(
+                    "speed": measure_speed(
                         model,
                         slots,
                         popular_LE,
@@ -229,7 +276,7 @@ def main(arguments: Sequence[str]) -> None:
     table = []
     for row in result["rows"]:
         popular, random = row["quality"]["popular"], row["quality"]["random"]
-        own, speed = row["quality"]["own"], row["tokens_per_s"]
+        own, speed = row["quality"]["own"], row["speed"]
         table.append(
             [
                 f"{row['residency']:.0%} ({row['slots']})",
@@ -240,7 +287,14 @@ def main(arguments: Sequence[str]) -> None:
                 f"{popular['perplexity']:.1f}",
                 f"{random['agreement']['median']:.1%}, {random['perplexity']['median']:.1f}",
                 f"{own['agreement']:.1%}, {own['perplexity']:.1f}",
-                " / ".join(f"{found['median']:.0f}" for found in speed.values()),
+                *(
+                    " / ".join(f"{scale * _median(found[key]):.0f}" for found in speed.values())
+                    for key, scale in (
+                        ("request_s_p50", 1e3),
+                        ("tokens_per_s", 1),
+                        ("batch_tokens_per_s", 1),
+                    )
+                ),
             ]
         )
     header = [
@@ -252,8 +306,11 @@ def main(arguments: Sequence[str]) -> None:
         "perplexity",
         "random: agr., ppl",
         "own: agr., ppl",
-        "tok/s lossy/exact/all",
+        "ms a request",
+        "tok/s",
+        "tok/s in a batch",
     ]
+    print("speeds: lossy / exact / all resident")
     print(f"{result['model']}; full model's perplexity {result['full_perplexity']:.1f}")
     print(format_table(header, table))
     record(
@@ -261,6 +318,10 @@ def main(arguments: Sequence[str]) -> None:
         {"options": as_json(options), **result},
         out=Path(options.out) if options.out else None,
     )
+
+
+def _median(value: Any) -> float:
+    return float(value["median"] if isinstance(value, dict) else value)
 
 
 if __name__ == "__main__":

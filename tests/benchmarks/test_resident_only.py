@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.resident_only import Options, run
+from benchmarks.resident_only import Options, Speed, run, told
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,24 @@ def result() -> dict[str, Any]:
     )
 
 
+def test_latencies_are_over_all_requests_and_throughputs_over_rounds() -> None:
+    rounds = [Speed([1.0, 3.0], [0.5, 0.5], 30.0), Speed([1.0, 1.0], [0.25, 0.25], 50.0)]
+    found = told(rounds, num_tokens=10)
+    assert (found["request_s_p50"], found["num_latencies"]) == (1.0, 4)
+    assert found["first_token_s_p50"] == 0.375
+    assert (found["tokens_per_s"]["min"], found["tokens_per_s"]["max"]) == (5.0, 10.0)
+    assert found["batch_tokens_per_s"]["median"] == 40.0
+
+
 def test_every_speed_has_its_quality_beside_it(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         assert row["mode"] == "resident_only"
         assert set(row["quality"]) == {"popular", "random", "own"}
-        assert set(row["tokens_per_s"]) == {"resident_only", "exact", "all_resident"}
+        assert set(row["speed"]) == {"resident_only", "exact", "all_resident"}
+        for speed in row["speed"].values():
+            assert 0 < speed["first_token_s_p50"] < speed["request_s_p50"] <= speed["request_s_p99"]
+            assert speed["tokens_per_s"]["median"] > 0
+            assert speed["batch_tokens_per_s"]["median"] > 0
     assert result["model"].startswith("tiny_moe")
 
 
