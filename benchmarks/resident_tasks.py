@@ -17,14 +17,12 @@ Three tables: over residencies at period 1; over periods; over the two skip rule
 "mixed" (every request's task drawn anew, eMoE §5) or in "runs" (the task stays with ``stay``).
 Ends with one line of JSON.
 
-Shape letters: T tokens · L MoE layers · E experts per layer · N requests.
+Shape letters: G tasks · L MoE layers · E experts per layer.
 """
 
-import random
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,182 +30,68 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import record
+from benchmarks.task_streams import (
+    Asked,
+    StreamOptions,
+    ask,
+    learn_profile,
+    learn_sequence,
+    learn_uses,
+    read_prompts,
+)
 from data.adapters import moe_layers, spec_of
 from data.models import load_model
-from data.observe import RouterRecorder
-from data.schema import MoESpec
-from data.sources.task_prompts import TaskPrompts
-from data.splits import split_by_topic
 from data.tables import format_table
-from predictors.embedders.token_mean import TokenMeanEmbedder
 from predictors.task import Task
-from predictors.task_classifier import ClassifierReader
 from predictors.task_profile import TaskProfile, pooled
 from runtime.budget import slots_at
 from runtime.engine import attach
 from runtime.observed_request import PassRow
 from runtime.offload import Offload
-from runtime.profile_tasks import profile_tasks
 from runtime.resident_planner import ResidentPlanner
-from runtime.restricted_quality import Full, judge, logprobs_of, say_all, summed_up, use_of
+from runtime.restricted_quality import judge, say_all, summed_up
 
 WAYS = ("popular", "agnostic", "tasks", "tasks + predictor", "own")
-ARRIVALS = ("mixed", "runs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """What is measured.
+class Options(StreamOptions):
+    """What is measured; the streams are those of `StreamOptions`.
 
     Attributes:
-        model: As `data.models.load_model` has it.
-        num_prompts: Of all tasks; 70 % are fitted on, 20 % are there to be asked.
-        num_requests: Of the stream.
-        prompt_tokens: Of a prompt at most.
-        answer_tokens: Of each answer.
         residencies: Shares of the experts that have a slot, at period 1.
         periods: p, at ``sweep_residency``.
         sweep_residency: Of the tables over periods and skip rules.
         skip_losses: Of our skip rule, at period 1.
         min_agreements: Of the paper's skip rule, at period 1.
         queue: Requests known at a decision, the one that begins among them.
-        arrivals: Streams, of `ARRIVALS`.
-        stay: Probability that a request of a stream in runs has the task of the one before.
-        judged: Prompts of a task that the profile restricts layers for.
-        epochs: Of the sequence predictor.
-        seed: Of streams and fitting.
         out: Where to keep the result, or "".
     """
 
-    model: str = "tiny_moe"
-    num_prompts: int = 360
-    num_requests: int = 48
-    prompt_tokens: int = 64
-    answer_tokens: int = 16
     residencies: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
     periods: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     sweep_residency: float = 0.4
     skip_losses: tuple[float, ...] = (0.0, 0.02, 0.05, 0.1, 0.2)
     min_agreements: tuple[float, ...] = (0.8, 0.85, 0.9)
     queue: int = 8
-    arrivals: tuple[str, ...] = ARRIVALS
-    stay: float = 0.9
-    judged: int = 3
-    epochs: int = 6
-    seed: int = 0
     out: str = ""
 
-    def __post_init__(self) -> None:
-        """Check the names."""
-        if unknown := set(self.arrivals) - set(ARRIVALS):
-            raise ValueError(f"arrivals={sorted(unknown)}: must be of {ARRIVALS}")
 
-
-class Asked(NamedTuple):
-    """A request of the stream.
-
-    Attributes:
-        task: Its true one.
-        prompt: Its text.
-        full: What the full model says.
-    """
-
-    task: str
-    prompt: str
-    full: Full
-
-
-class Fitted(NamedTuple):
-    """What was learned from the fit prompts.
+class Learned(NamedTuple):
+    """What was learned before the stream.
 
     Attributes:
         profile: Of the tasks.
-        of_task: The sequence predictor, fitted on requests of one task after the other.
-        of_any: The same, fitted on a stream like the one that is asked.
+        of_task: The sequence predictor for the requests of one task.
+        of_any: The same for a stream like the one that is asked.
     """
 
     profile: TaskProfile
     of_task: Task
     of_any: Task
-
-
-def read_prompts(
-    options: Options, tokenizer: Any
-) -> dict[str, dict[str, list[tuple[str, Tensor]]]]:
-    """Text and token ids of the prompts of each split and task."""
-    prompts = list(TaskPrompts(num_prompts=options.num_prompts).prompts())
-    split = split_by_topic({p.request_id: p.topic for p in prompts}, seed=options.seed)
-    found: dict[str, dict[str, list[tuple[str, Tensor]]]] = defaultdict(lambda: defaultdict(list))
-    for prompt in sorted(prompts, key=lambda p: p.topic):
-        ids = tokenizer(prompt.text).input_ids[: options.prompt_tokens]
-        if len(ids) > 1:
-            found[split[prompt.request_id]][prompt.topic].append((prompt.text, torch.tensor(ids)))
-    return found
-
-
-def arrange(sizes: dict[str, int], num: int, *, stay: float, seed: int) -> list[str]:
-    """The task of each request of a stream; no task comes more often than it has requests.
-
-    Raises:
-        ValueError: There are fewer requests than asked for.
-    """
-    if num > sum(sizes.values()):
-        raise ValueError(f"num_requests={num}: there are {sum(sizes.values())} held out")
-    drawn: list[str] = []
-    left, rng = dict(sizes), random.Random(seed)
-    for _ in range(num):
-        stays = bool(drawn) and rng.random() < stay and left[drawn[-1]] > 0
-        task = drawn[-1] if stays else rng.choice([task for task in sorted(left) if left[task]])
-        left[task] -= 1
-        drawn.append(task)
-    return drawn
-
-
-def fit(model: Any, options: Options, spec: MoESpec, prompts: Any, *, stay: float) -> Fitted:
-    """Learn everything from fit prompts; the sequence predictors' epochs are chosen on "val"."""
-    texts = {task: [text for text, _ in listed] for task, listed in prompts["fit"].items()}
-    profile = profile_tasks(
-        model,
-        {task: [ids_T for _, ids_T in listed] for task, listed in prompts["fit"].items()},
-        spec=spec,
-        make_reader=lambda _: ClassifierReader.fit(
-            texts, embedder=TokenMeanEmbedder(model=options.model)
-        ),
-        num_slots=slots_at(options.sweep_residency, spec),
-        answer_tokens=options.answer_tokens,
-        judged=options.judged,
-        seeds=1,
-    )
-    uses: dict[str, dict[str, list[Tensor]]] = {"fit": {}, "val": {}}
-    for split, of_task in uses.items():
-        for task, listed in prompts[split].items():
-            with RouterRecorder(model, keep_router_probs=False) as tap:
-                of_task[task] = []
-                for _, ids_T in listed:
-                    logprobs_of(model, ids_T)
-                    of_task[task].append(use_of(tap.take().ids_NLK, spec))
-    predictors = []
-    for is_mixed in (False, True):
-        streams = [_stream(uses[split], options, stay, is_mixed) for split in ("fit", "val")]
-        predictor = Task(period=1, epochs=options.epochs, seed=options.seed)
-        predictor.fit_streams(*streams)
-        predictor.spec = spec
-        predictors.append(predictor)
-    return Fitted(profile, *predictors)
-
-
-def _stream(uses: dict[str, list[Tensor]], options: Options, stay: float, is_mixed: bool) -> Tensor:
-    """float32 [N, L, E], as they arrive or one task after the other."""
-    if not is_mixed:
-        return torch.stack([use_LE for task in sorted(uses) for use_LE in uses[task]])
-    sizes = {task: len(listed) for task, listed in uses.items()}
-    left = {task: iter(listed) for task, listed in uses.items()}
-    order = arrange(sizes, sum(sizes.values()), stay=stay, seed=options.seed + 1)
-    return torch.stack([next(left[task]) for task in order])
 
 
 @contextmanager
@@ -224,13 +108,13 @@ def restricted(model: Any, residency: float, profile: TaskProfile, store: str) -
 
 
 def planner_of(
-    way: str, fitted: Fitted, offload: Offload, **options: Any
+    way: str, learned: Learned, offload: Offload, **options: Any
 ) -> ResidentPlanner | None:
     """Who plans residents; None for ways that need nobody."""
     if way not in ("agnostic", "tasks", "tasks + predictor"):
         return None
-    profile = pooled(fitted.profile) if way == "agnostic" else fitted.profile
-    predictor = {"agnostic": fitted.of_any, "tasks + predictor": fitted.of_task}.get(way)
+    profile = pooled(learned.profile) if way == "agnostic" else learned.profile
+    predictor = {"agnostic": learned.of_any, "tasks + predictor": learned.of_task}.get(way)
     return ResidentPlanner(profile=profile, slots=offload.slots, predictor=predictor, **options)
 
 
@@ -292,19 +176,19 @@ def replay(
 
 
 def measure(
-    model: Any, stream: Sequence[Asked], fitted: Fitted, options: Options, store: str
+    model: Any, stream: Sequence[Asked], learned: Learned, options: Options, store: str
 ) -> dict[str, Any]:
     """The three tables of one stream."""
     expert_bytes = moe_layers(model)[0].expert_bytes
 
     def answer(way: str, residency: float, *, period: int = 1, **rules: Any) -> dict[str, Any]:
-        with restricted(model, residency, fitted.profile, store) as offload:
+        with restricted(model, residency, learned.profile, store) as offload:
             settings = {"period": period, "skip_loss": 0.0, "min_agreement": 1.1, **rules}
             found = replay(
                 model,
                 offload,
                 stream,
-                planner_of(way, fitted, offload, **settings),
+                planner_of(way, learned, offload, **settings),
                 own_period=period if way == "own" else None,
                 queue=options.queue,
                 expert_bytes=expert_bytes,
@@ -327,36 +211,31 @@ def run(options: Options) -> dict[str, Any]:
     model, tokenizer = load_model(options.model, dtype="float32")
     spec = spec_of(model, model_id=options.model)
     prompts = read_prompts(options, tokenizer)
-    test = prompts["test"]
     said = {
         task: say_all(model, [ids_T for _, ids_T in listed], spec, options.answer_tokens)
-        for task, listed in test.items()
+        for task, listed in prompts["test"].items()
     }
-    result: dict[str, Any] = {"model": spec.describe(), "tasks": sorted(test), "streams": {}}
+    num_slots = slots_at(options.sweep_residency, spec)
+    profile = learn_profile(model, options, spec, prompts, num_slots=num_slots)
+    uses = learn_uses(model, spec, prompts)
+    of_task = learn_sequence(uses, options, spec, arrivals=None)
+    result: dict[str, Any] = {
+        "model": spec.describe(),
+        "tasks": profile.tasks,
+        "num_fit_prompts": sum(len(listed) for listed in prompts["fit"].values()),
+        "agreement_GL": profile.agreement_GL.tolist(),
+        "streams": {},
+    }
     for arrivals in options.arrivals:
-        stay = options.stay if arrivals == "runs" else 0.0
-        fitted = fit(model, options, spec, prompts, stay=stay)
-        sizes = {task: len(listed) for task, listed in test.items()}
-        left = {
-            task: iter(
-                [
-                    Asked(task, text, full)
-                    for (text, _), full in zip(listed, said[task], strict=True)
-                ]
-            )
-            for task, listed in test.items()
-        }
-        order = arrange(sizes, options.num_requests, stay=stay, seed=options.seed)
-        stream = [next(left[task]) for task in order]
-        read = fitted.profile.reader.read
-        right = [fitted.profile.tasks[read(one.prompt)] == one.task for one in stream]
+        of_any = learn_sequence(uses, options, spec, arrivals=arrivals)
+        stream = ask(prompts, said, options, arrivals)
+        read = profile.reader.read
+        right = [profile.tasks[read(one.prompt)] == one.task for one in stream]
         with tempfile.TemporaryDirectory() as store:
-            tables = measure(model, stream, fitted, options, store)
+            tables = measure(model, stream, Learned(profile, of_task, of_any), options, store)
         result["streams"][arrivals] = {
             "num_requests": len(stream),
-            "num_fit_prompts": sum(len(listed) for listed in prompts["fit"].values()),
             "tasks_read_right": sum(right) / len(right),
-            "agreement_GL": fitted.profile.agreement_GL.tolist(),
             **tables,
         }
     result["expert_bytes"] = moe_layers(model)[0].expert_bytes

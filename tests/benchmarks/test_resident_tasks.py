@@ -1,37 +1,18 @@
-"""Streams are drawn as they are called, and a replay moves and judges what it says."""
+"""A replay moves and judges what it says."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.resident_tasks import WAYS, Asked, Options, arrange, replay, run
+from benchmarks.resident_tasks import WAYS, Asked, Options, replay, run
 from data.adapters import moe_layers, spec_of
 from runtime.engine import attach
 from runtime.resident_planner import ResidentPlanner
 from runtime.restricted_quality import say_all
 from tests.families import tiny_model
 from tests.predictors.task_profiles import profile_of
-
-
-def test_a_mixed_stream_draws_each_task_anew_and_one_in_runs_stays() -> None:
-    sizes = {"a": 200, "b": 200}
-
-    def changes(stay: float) -> int:
-        drawn = arrange(sizes, 300, stay=stay, seed=0)
-        return sum(one != next_one for one, next_one in zip(drawn, drawn[1:], strict=False))
-
-    assert 120 < changes(0.0) < 180
-    assert 5 < changes(0.9) < 30  # where it does not stay it may draw the same again
-
-
-def test_no_request_is_asked_twice() -> None:
-    drawn = arrange({"a": 3, "b": 7}, 10, stay=0.5, seed=1)
-    assert Counter(drawn) == {"a": 3, "b": 7}
-    with pytest.raises(ValueError, match="num_requests=11: there are 10"):
-        arrange({"a": 3, "b": 7}, 11, stay=0.5, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +99,3 @@ def test_every_way_has_a_row(tmp_path: Path) -> None:
         own = found["residencies"][-1]
         popular = found["residencies"][0]
         assert own["rerouted"] < popular["rerouted"]
-
-
-def test_a_stream_that_is_none_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"arrivals=\['sorted'\]"):
-        Options(arrivals=("mixed", "sorted"))
