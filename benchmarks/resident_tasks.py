@@ -217,7 +217,7 @@ def run(options: Options) -> dict[str, Any]:
     }
     num_slots = slots_at(options.sweep_residency, spec)
     profile = learn_profile(model, options, spec, prompts, num_slots=num_slots)
-    uses = learn_uses(model, spec, prompts)
+    uses = learn_uses(model, options, spec, prompts)
     of_task = learn_sequence(uses, options, spec, arrivals=None)
     result: dict[str, Any] = {
         "model": spec.describe(),

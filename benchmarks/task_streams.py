@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from data.observe import RouterRecorder
 from data.schema import MoESpec
 from data.sources.task_prompts import TaskPrompts
 from data.splits import split_by_topic
@@ -24,7 +23,7 @@ from predictors.task import Task
 from predictors.task_classifier import ClassifierReader
 from predictors.task_profile import TaskProfile
 from runtime.profile_tasks import profile_tasks
-from runtime.restricted_quality import Full, logprobs_of, use_of
+from runtime.restricted_quality import Full, say_all
 
 ARRIVALS = ("mixed", "runs")
 # By split and task: each prompt's text and token ids; what each uses, float32 [L, E].
@@ -153,17 +152,19 @@ def learn_profile(
     )
 
 
-def learn_uses(model: Any, spec: MoESpec, prompts: Prompts) -> Uses:
-    """What each "fit" and "val" prompt uses."""
-    uses: dict[str, dict[str, list[Tensor]]] = {"fit": {}, "val": {}}
-    for split, of_task in uses.items():
-        for task, listed in prompts[split].items():
-            with RouterRecorder(model, keep_router_probs=False) as tap:
-                of_task[task] = []
-                for _, ids_T in listed:
-                    logprobs_of(model, ids_T)
-                    of_task[task].append(use_of(tap.take().ids_NLK, spec))
-    return uses
+def learn_uses(model: Any, options: StreamOptions, spec: MoESpec, prompts: Prompts) -> Uses:
+    """What each "fit" and "val" prompt and its answer use."""
+    return {
+        split: {
+            task: [
+                full.use_LE
+                for _, ids_T in listed
+                for full in say_all(model, [ids_T], spec, options.answer_tokens)
+            ]
+            for task, listed in prompts[split].items()
+        }
+        for split in ("fit", "val")
+    }
 
 
 def learn_sequence(

@@ -85,6 +85,7 @@ class ResidentPlanner:
     Attributes:
         profile: As given.
         slots: As given.
+        period: As given.
         resident_LE: bool, who was decided to be resident; at first by the profile, all tasks alike.
         num_plans: Decisions since.
         layers_changed: Layers in which one changed something.
@@ -102,7 +103,7 @@ class ResidentPlanner:
         slots: Sequence[int],
         period: int = 40,
         min_agreement: float = 0.85,
-        skip_loss: float = 0.05,
+        skip_loss: float = 0.02,
         predictor: Predictor | None = None,
     ) -> None:
         spec = profile.spec
@@ -119,8 +120,7 @@ class ResidentPlanner:
             raise ValueError(f"min_agreement={min_agreement}: must be at least 0")
         if not 0 <= skip_loss <= 1:
             raise ValueError(f"skip_loss={skip_loss}: must be in [0, 1]")
-        self.profile = profile
-        self._period = period
+        self.profile, self.period = profile, period
         self.slots = tuple(slots)
         self._skip_loss = skip_loss
         self._sensitive_GL = profile.sensitive_GL(min_agreement=min_agreement)
@@ -141,7 +141,7 @@ class ResidentPlanner:
     @property
     def is_due(self) -> bool:
         """Whether the next request to begin is decided for anew."""
-        return self._since_plan >= self._period
+        return self._since_plan >= self.period
 
     def begin(self) -> None:
         """Count a request that begins; ask `is_due` before."""
@@ -159,7 +159,7 @@ class ResidentPlanner:
         """
         self._since_plan = 0
         tokens_LE = expected_tokens_LE(
-            queue[: self._period],
+            queue[: self.period],
             use_GLE=self._use_GLE(),
             sensitive_GL=self._sensitive_GL,
             answer_tokens_G=self.profile.answer_tokens_G,

@@ -30,7 +30,7 @@ class ServedResidents:
         planner: Decides.
         keep_resident: Makes bool [L, E] experts resident.
         take_use: What was routed since it was last asked, or None (`ResidentRouting.take_use`).
-        waiting: The prompts in the queue.
+        waiting: The prompts in the queue, in the order in which they will begin.
     """
 
     def __init__(
@@ -90,7 +90,8 @@ class ServedResidents:
 
     def _plan(self, first: Queued) -> None:
         read = self._planner.profile.reader.read
-        waiting = [Queued(read(prompt), num_tokens) for prompt, num_tokens in self._waiting()]
+        counting = self._waiting()[: self._planner.period - 1]
+        waiting = [Queued(read(prompt), num_tokens) for prompt, num_tokens in counting]
         changed = self._planner.layers_changed
         self._keep_resident(self._planner.plan([first, *waiting]))
         logger.debug(
