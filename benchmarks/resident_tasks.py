@@ -13,13 +13,15 @@ that of `runtime.restricted_quality` (teacher-forced against all experts). Who i
 - tasks + predictor: Eq. 2, f by the sequence predictor from each task's own last requests;
 - own: what the period's requests themselves use under the full model: a bound nobody can reach.
 
-Three tables: over residencies at period 1; over periods; over the two skip rules. Streams are
+Three tables: over residencies at period 1; over periods; over the two skip rules. Gains are over
+"popular", request by request. MB are loaded for each request, on average. Streams are
 "mixed" (every request's task drawn anew, eMoE §5) or in "runs" (the task stays with ``stay``).
 Ends with one line of JSON.
 
 Shape letters: G tasks · L MoE layers · E experts per layer.
 """
 
+import math
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from benchmarks.options import as_json, parse_options
@@ -52,7 +55,7 @@ from runtime.engine import attach
 from runtime.observed_request import PassRow
 from runtime.offload import Offload
 from runtime.resident_planner import ResidentPlanner
-from runtime.restricted_quality import judge, say_all, summed_up
+from runtime.restricted_quality import Quality, judge, say_all, summed_up
 
 WAYS = ("popular", "agnostic", "tasks", "tasks + predictor", "own")
 
@@ -127,7 +130,7 @@ def replay(
     own_period: int | None,
     queue: int,
     expert_bytes: int,
-) -> dict[str, Any]:
+) -> tuple[list[Quality], dict[str, Any]]:
     """Answer the stream.
 
     Args:
@@ -140,13 +143,15 @@ def replay(
         expert_bytes: Of one expert of one layer.
 
     Returns:
-        Quality, bytes and seconds of loading a request, and the share of tokens rerouted.
+        Quality of each request; and its means, bytes and seconds of loading a request, and the
+        share of tokens rerouted.
     """
     before, load_s, quality = offload.stats(), 0.0, []
     at = 0
 
-    def waiting() -> list[tuple[str, int]]:
-        return [(one.prompt, one.full.start) for one in stream[at + 1 : at + queue]]
+    def waiting(limit: int) -> list[tuple[str, int]]:
+        known = stream[at + 1 : at + min(queue, limit + 1)]
+        return [(one.prompt, one.full.start) for one in known]
 
     if planner is not None:
         offload.plan_residents(planner, waiting=waiting)
@@ -164,7 +169,7 @@ def replay(
             offload.end_request(str(at))
     after, num = offload.stats(), len(stream)
     assert after.misses == 0  # whatever was loaded was loaded between requests
-    return {
+    return quality, {
         **summed_up(quality),
         "rerouted": (after.rerouted - before.rerouted) / (after.routed - before.routed),
         "loaded_bytes_per_request": (after.moved - before.moved) * expert_bytes / num,
@@ -175,16 +180,24 @@ def replay(
     }
 
 
+def gain_over(base: Sequence[Quality], found: Sequence[Quality]) -> dict[str, float]:
+    """How much more agrees than with other residents, request by request; its standard error."""
+    more = [one.agreement - other.agreement for one, other in zip(found, base, strict=True)]
+    error = np.std(more, ddof=1) / math.sqrt(len(more)) if len(more) > 1 else 0.0
+    return {"agreement_gain": float(np.mean(more)), "agreement_gain_se": float(error)}
+
+
 def measure(
     model: Any, stream: Sequence[Asked], learned: Learned, options: Options, store: str
 ) -> dict[str, Any]:
     """The three tables of one stream."""
     expert_bytes = moe_layers(model)[0].expert_bytes
+    popular: dict[float, list[Quality]] = {}
 
     def answer(way: str, residency: float, *, period: int = 1, **rules: Any) -> dict[str, Any]:
         with restricted(model, residency, learned.profile, store) as offload:
             settings = {"period": period, "skip_loss": 0.0, "min_agreement": 1.1, **rules}
-            found = replay(
+            quality, found = replay(
                 model,
                 offload,
                 stream,
@@ -193,11 +206,15 @@ def measure(
                 queue=options.queue,
                 expert_bytes=expert_bytes,
             )
-        return {"way": way, "residency": residency, **settings, **found}
+        if way == "popular":
+            popular[residency] = quality
+        gain = gain_over(popular[residency], quality)
+        return {"way": way, "residency": residency, **settings, **found, **gain}
 
     sweep = options.sweep_residency
+    residencies = sorted({*options.residencies, sweep})
     return {
-        "residencies": [answer(w, residency) for residency in options.residencies for w in WAYS],
+        "residencies": [answer(w, residency) for residency in residencies for w in WAYS],
         "periods": [answer(w, sweep, period=p) for p in options.periods for w in WAYS[1:]],
         "skips": [
             *(answer("tasks", sweep, skip_loss=loss) for loss in options.skip_losses),
@@ -247,7 +264,18 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(1)
     options = parse_options(Options, arguments)
     result = run(options)
-    header = ["way", "resident", "p", "skip", "min agr.", "agreement", "KL", "ppl", "MB loaded"]
+    header = [
+        "way",
+        "resident",
+        "p",
+        "skip",
+        "min agr.",
+        "agreement",
+        "gain",
+        "KL",
+        "ppl",
+        "MB loaded",
+    ]
     for arrivals, found in result["streams"].items():
         print(
             f"{arrivals}: {found['num_requests']} requests, tasks read right "
@@ -268,6 +296,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
         f"{row['skip_loss']}",
         f"{row['min_agreement']}",
         f"{row['agreement']:.1%} ±{row['agreement_se']:.1%}",
+        f"{row['agreement_gain']:+.1%} ±{row['agreement_gain_se']:.1%}",
         f"{row['kl_nats']:.3f}",
         f"{row['perplexity']:.1f}",
         f"{row['loaded_bytes_per_request'] / 1e6:.2f}",

@@ -169,12 +169,14 @@ class Offload:
         self._backend.make_resident(resident_LE)
         restricted.allow(resident_LE)
 
-    def plan_residents(self, planner: ResidentPlanner, *, waiting: Waiting = tuple) -> None:
+    def plan_residents(self, planner: ResidentPlanner, *, waiting: Waiting | None = None) -> None:
         """Let ``planner`` say who is resident, between announced requests (mode "resident_only").
 
         Args:
             planner: For this model and these slots.
-            waiting: Tells the requests in the queue: of each the prompt's text and its tokens.
+            waiting: Tells the next requests in the queue, at most so many, in the order in which
+                they will begin: of each the prompt's text and how many tokens it has. None for no
+                queue.
 
         Raises:
             SpecMismatchError: Its profile is of another model.
@@ -189,7 +191,7 @@ class Offload:
             planner,
             keep_resident=lambda resident_LE: self.keep_resident(resident_LE.float()),
             take_use=restricted.take_use,
-            waiting=waiting,
+            waiting=waiting or (lambda limit: ()),
         )
 
     def swap_predictor(self, predictor: Predictor) -> None:

@@ -136,8 +136,9 @@ def profile_tasks(
             for place, ids_T in enumerate(prompts[task]):
                 routing.allow(everybody_LE)
                 (full,) = say_all(model, [ids_T], spec, answer_tokens)
-                use_LE += full.use_LE * len(full.ids_T)
-                num_tokens += len(full.ids_T)
+                num_read = len(full.ids_T) - 1
+                use_LE += full.use_LE * num_read
+                num_tokens += num_read
                 lengths.append(_answer_length(full, ends))
                 if place < judged:
                     quality.append(

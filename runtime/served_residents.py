@@ -20,7 +20,8 @@ from runtime.resident_planner import Queued, ResidentPlanner
 
 logger = logging.getLogger(__name__)
 
-Waiting = Callable[[], Sequence[tuple[str, int]]]  # of each prompt that waits, text and tokens
+# Of at most so many prompts, in the order in which they will begin: text and tokens.
+Waiting = Callable[[int], Sequence[tuple[str, int]]]
 
 
 class ServedResidents:
@@ -30,7 +31,7 @@ class ServedResidents:
         planner: Decides.
         keep_resident: Makes bool [L, E] experts resident.
         take_use: What was routed since it was last asked, or None (`ResidentRouting.take_use`).
-        waiting: The prompts in the queue, in the order in which they will begin.
+        waiting: The next prompts in the queue.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class ServedResidents:
 
     def _plan(self, first: Queued) -> None:
         read = self._planner.profile.reader.read
-        counting = self._waiting()[: self._planner.period - 1]
+        counting = self._waiting(self._planner.period - 1)
         waiting = [Queued(read(prompt), num_tokens) for prompt, num_tokens in counting]
         changed = self._planner.layers_changed
         self._keep_resident(self._planner.plan([first, *waiting]))

@@ -153,13 +153,13 @@ class GenerationEngine:
         with self._changed:
             return sum(generation.timings.started_s is None for generation in self._open)
 
-    def waiting_prompts(self) -> list[tuple[str, int]]:
-        """Text and tokens of the prompts that were submitted and not begun, first come first."""
+    def waiting_prompts(self, limit: int) -> list[tuple[str, int]]:
+        """Text and tokens of the next prompts that have not begun, first come first."""
         with self._changed:
             waiting = [one for one in self._open if one.timings.started_s is None]
         waiting.sort(key=lambda one: one.timings.arrived_s)
         found = []
-        for request in (one.request for one in waiting):
+        for request in (one.request for one in waiting[:limit]):
             text = request.prompt_text
             text = self.tokenizer.decode(request.prompt_ids) if text is None else text
             found.append((text, len(request.prompt_ids)))

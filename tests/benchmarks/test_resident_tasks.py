@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.resident_tasks import WAYS, Asked, Options, replay, run
+from benchmarks.resident_tasks import WAYS, Asked, Options, gain_over, replay, run
 from data.adapters import moe_layers, spec_of
 from runtime.engine import attach
 from runtime.resident_planner import ResidentPlanner
-from runtime.restricted_quality import say_all
+from runtime.restricted_quality import Quality, say_all
 from tests.families import tiny_model
 from tests.predictors.task_profiles import profile_of
 
@@ -37,7 +37,9 @@ def replayed(model: Any, stream: list[Asked], *, slots: int, **options: Any) -> 
                 profile=profile, slots=offload.slots, period=period, skip_loss=0.0
             )
         settings = {"own_period": None, "queue": 8, "expert_bytes": 10, **options}
-        return replay(model, offload, stream, planner, **settings)
+        quality, found = replay(model, offload, stream, planner, **settings)
+    assert len(quality) == len(stream)
+    return found
 
 
 def test_residents_that_follow_each_task_are_loaded_for_each_request(
@@ -74,6 +76,15 @@ def test_all_experts_are_the_full_model(model: Any, stream: list[Asked]) -> None
     assert found["loaded_bytes_per_request"] == 0
 
 
+def test_gains_are_of_the_same_requests() -> None:
+    def with_agreement(*shares: float) -> list[Quality]:
+        return [Quality(share, 0.0, 0.0, 1) for share in shares]
+
+    found = gain_over(with_agreement(0.1, 0.9), with_agreement(0.3, 0.9))
+    assert found["agreement_gain"] == pytest.approx(0.1)
+    assert found["agreement_gain_se"] == pytest.approx(0.1)  # unpaired it would be 0.5
+
+
 @pytest.mark.usefixtures("shared_data")
 def test_every_way_has_a_row(tmp_path: Path) -> None:
     options = Options(
@@ -99,3 +110,4 @@ def test_every_way_has_a_row(tmp_path: Path) -> None:
         own = found["residencies"][-1]
         popular = found["residencies"][0]
         assert own["rerouted"] < popular["rerouted"]
+        assert popular["agreement_gain"] == 0

@@ -27,7 +27,7 @@ def lossy(model: Any, *, waiting: Sequence[tuple[str, int]] = (), **options: Any
     planner = ResidentPlanner(
         profile=profile, slots=offload.slots, **{"skip_loss": 0.0, "period": 1, **options}
     )
-    offload.plan_residents(planner, waiting=lambda: waiting)
+    offload.plan_residents(planner, waiting=lambda limit: waiting[:limit])
     return offload
 
 
