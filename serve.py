@@ -40,8 +40,8 @@ from runtime.forecasts import FALLBACK_POLICY
 from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
-from runtime.scheduler import StepCosts
 from runtime.resident_planner import ResidentPlanner
+from runtime.scheduler import StepCosts
 from runtime.server.app import create_app
 from runtime.server.artifact_reload import ArtifactReloader, hear_hangups
 from runtime.server.generation import GenerationEngine
