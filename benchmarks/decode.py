@@ -71,7 +71,7 @@ class Options:
         prefetch: Let the forecaster prefetch, too.
         prefetch_bounds: Time what a perfect prediction of the next layer would be worth.
         into_slots: Prefetch into slots, not beside them (`PrefetchOptions.into`).
-        layers_ahead: How many layers ahead, then.
+        layers_ahead: How many layers ahead; 0 takes the default of where they go.
         repeats: How often each row is timed.
         tokens: Timed tokens of a repeat.
         warm: Tokens before them that fill the cache; 0 takes the shape's own number.
@@ -97,7 +97,7 @@ class Options:
     prefetch: bool = True
     prefetch_bounds: bool = True
     into_slots: bool = False
-    layers_ahead: int = 2
+    layers_ahead: int = 0
     repeats: int = 5
     tokens: int = 64
     warm: int = 0
@@ -118,7 +118,9 @@ class Options:
             raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}, live")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
-        for name in ("repeats", "tokens", "batch", "layers_ahead"):
+        if self.layers_ahead < 0:
+            raise ValueError(f"layers_ahead={self.layers_ahead}: must not be negative")
+        for name in ("repeats", "tokens", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not self.residencies or not all(0 < share < 1 for share in self.residencies):
@@ -177,9 +179,10 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
         skipped["accelerate cpu_offload"] = "accelerate=false"
     elif not ACCELERATE_INSTALLED:
         skipped["accelerate cpu_offload"] = "accelerate is not installed"
+    ahead = dict.fromkeys(("layers_ahead", "landing_layers"), options.layers_ahead)
     prefetch = PrefetchOptions(
+        **(ahead if options.layers_ahead else {}),
         into="slots" if options.into_slots else "landing",
-        layers_ahead=options.layers_ahead,
         # A CPU only stands in: let a window take any expert whole.
         window_s=150e-6 if device.type == "cuda" else 2.0,
         link_bytes_per_s=link_bytes_per_s if device.type == "cuda" else bed.layout.record_bytes,

@@ -1,8 +1,10 @@
 """What the decode benchmark says of a row: times, bytes, and how near it comes to its bound.
 
-    efficiency = max(resident step, missed bytes / measured rate of link and host) / measured step
+    efficiency = max(resident step, needed bytes / measured rate of link and host) / measured step
 
-The host's rate counts in rows where it computes a part of what is missing. A step that only
+Bytes are needed if they were missed, or prefetched and used: what came for nothing does not count.
+What the link carried in all, per second of it, is its use. The host's rate counts in rows where it
+computes a part of what is missing. A step that only
 computes cannot be shorter than the fully resident one, and one that only fetches not shorter than
 its bytes take; 1 is a perfect overlap of both. Knows no rows and times nothing.
 """
@@ -78,8 +80,9 @@ def summary(
         )
     )
     mean_step_s = samples.mean_step_s
-    missed_per_token = missed / len(steps)
-    bound_s = max(resident_step_s, missed_per_token / (link_bytes_per_s + cpu_bytes_per_s))
+    needed_per_token = (missed + prefetched - wasted) / len(steps)
+    bound_s = max(resident_step_s, needed_per_token / (link_bytes_per_s + cpu_bytes_per_s))
+    carried_per_token = (missed - on_cpu + prefetched) / len(steps)
     return {
         "row": name,
         "slots": slots,
@@ -89,13 +92,14 @@ def summary(
         "tokens": len(steps),
         "resident_speed_fraction": resident_step_s / mean_step_s,
         "hit_ratio": hits / accesses,
-        "missed_bytes_per_token": missed_per_token,
+        "missed_bytes_per_token": missed / len(steps),
         "prefetched_bytes_per_token": prefetched / len(steps),
         "wasted_bytes_per_token": wasted / len(steps),
         "cpu_bytes_per_token": on_cpu / len(steps),
         "cpu_bytes_per_s": cpu_bytes_per_s,
         "stall_s_per_token": max(0.0, mean_step_s - resident_step_s),
         "efficiency": bound_s / mean_step_s,
+        "link_use": carried_per_token / link_bytes_per_s / mean_step_s,
         "peak_gpu_bytes": samples.peak_gpu_bytes,
         "exact": samples.exact,
         "logits_difference": samples.difference,
@@ -118,6 +122,7 @@ HEADER = (
     "prefetched (wasted) MB/token",
     "stall ms",
     "efficiency",
+    "link use",
 )
 
 
@@ -134,7 +139,8 @@ def cells(row: dict[str, Any]) -> list[str]:
         f"{mega * row['prefetched_bytes_per_token']:.0f} "
         f"({mega * row['wasted_bytes_per_token']:.0f})",
         f"{1e3 * row['stall_s_per_token']:.2f}",
-        f"{row['efficiency']:.2f}",
+        f"{row['efficiency']:.3f}",
+        f"{row['link_use']:.2f}",
     ]
 
 

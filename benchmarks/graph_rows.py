@@ -319,6 +319,7 @@ class RecordedTruth:
         self._needed_NLE = torch.zeros(shape, device=testbed.device).scatter_(2, ids_NLM, 1.0)
         self._position_1 = testbed.forced.position_1
 
-    def next_E(self, layer: int, now: Now) -> Tensor:
-        """As `Source.next_E`."""
-        return self._needed_NLE[:, layer].index_select(0, self._position_1)[0]
+    def next_HE(self, layers: range, now: Now) -> Tensor:
+        """As `Source.next_HE`."""
+        rows_NHE = self._needed_NLE[:, layers.start : layers.stop]
+        return rows_NHE.index_select(0, self._position_1)[0]

@@ -233,6 +233,7 @@ class GpuExperts:
         if self.prefetcher is not None and self._is_decode(num_tokens):
             self._advance()
             self._has_begun = True
+            self.prefetcher.fetch_beside(Now(-1, num_tokens), None)
             self.prefetcher.fetch_after(Now(-1, num_tokens))
 
     def after_pass(self) -> None:
@@ -280,10 +281,12 @@ class GpuExperts:
         num_tokens, prefetcher = len(hidden_TD), self.prefetcher
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
-        if prefetcher is not None:
-            prefetcher.join_copies(layer, active)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
         hidden_TD = hidden_TD.contiguous()
+        now = Now(layer, num_tokens, hidden_TD, ids_TK)
+        if prefetcher is not None:
+            prefetcher.join_copies(layer, active)
+            prefetcher.fetch_beside(now, active)
         lane = None
         if self.lane is not None:
             lane = self.lane.post(layer, hidden_TD, ids_TK, active, self.cache)
@@ -305,7 +308,7 @@ class GpuExperts:
         if self.lane is not None:
             self.lane.complete(layer, slot_neurons, ids_TK.numel())
         if prefetcher is not None:
-            prefetcher.fetch_after(Now(layer, num_tokens, hidden_TD))
+            prefetcher.fetch_after(now)
         return output_TD
 
     def use_policy(self, policy: Policy) -> Policy:

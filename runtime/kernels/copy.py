@@ -11,25 +11,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # words of 8 bytes that a program moves at once
+BLOCK = 1024
+"""Words of 8 bytes that a program moves at once."""
+
+
+@triton.jit
+def copy_range(source, target, num_bytes, BLOCK: tl.constexpr):
+    """This program's share, along axis 0 of the grid, of a copy between two addresses."""
+    num_words = num_bytes // 8
+    per_program = tl.cdiv(tl.cdiv(num_words, tl.num_programs(0)), 2) * 2  # 16 bytes
+    first = tl.multiple_of(tl.program_id(0) * per_program, 2)
+    last = tl.multiple_of(tl.minimum(first + per_program, num_words), 2)
+    for start in range(first, last, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        # Addresses that come from memory need to be told that they are aligned.
+        read = source.to(tl.pointer_type(tl.int64)) + at
+        write = target.to(tl.pointer_type(tl.int64)) + at
+        read = tl.max_contiguous(tl.multiple_of(read, 16), BLOCK)
+        write = tl.max_contiguous(tl.multiple_of(write, 16), BLOCK)
+        tl.store(write, tl.load(read, mask=at < last), mask=at < last)
 
 
 @triton.jit
 def _copy(source_N, target_N, num_bytes_N, BLOCK: tl.constexpr):
     piece = tl.program_id(1)
-    num_words = tl.load(num_bytes_N + piece) // 8
-    if num_words > 0:
-        source = tl.load(source_N + piece).to(tl.pointer_type(tl.int64))
-        target = tl.load(target_N + piece).to(tl.pointer_type(tl.int64))
-        per_program = tl.cdiv(tl.cdiv(num_words, tl.num_programs(0)), 2) * 2  # 16 bytes
-        first = tl.multiple_of(tl.program_id(0) * per_program, 2)
-        last = tl.multiple_of(tl.minimum(first + per_program, num_words), 2)
-        for start in range(first, last, BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            # Addresses that come from memory need to be told that they are aligned.
-            read = tl.max_contiguous(tl.multiple_of(source + at, 16), BLOCK)
-            write = tl.max_contiguous(tl.multiple_of(target + at, 16), BLOCK)
-            tl.store(write, tl.load(read, mask=at < last), mask=at < last)
+    num_bytes = tl.load(num_bytes_N + piece)
+    if num_bytes > 0:
+        copy_range(tl.load(source_N + piece), tl.load(target_N + piece), num_bytes, BLOCK)
 
 
 def copy_records(
@@ -48,5 +56,5 @@ def copy_records(
         programs_per_record: 16 and more reach the link's full rate with one piece at a time.
     """
     _copy[(programs_per_record, len(num_bytes_N))](
-        source_address_N, target_address_N, num_bytes_N, BLOCK=_BLOCK, num_warps=8
+        source_address_N, target_address_N, num_bytes_N, BLOCK=BLOCK, num_warps=8
     )

@@ -14,19 +14,19 @@ class PrefetchOptions:
     """How prefetches are made; the defaults suit a fast GPU.
 
     Args:
-        into: ``landing`` displaces nothing: a buffer beside the slots takes what the next layer is
-            expected to need (`runtime.prefetch.landing`). ``slots`` makes room by the policy's
-            scores, which can pay where windows bring whole experts, or several layers ahead.
-        layers_ahead: How many layers after the one that has computed may be fetched for; the
-            nearest takes what it can use of the allowance, and leaves the others the rest. Only
-            into slots: what lands is the next layer's.
+        into: ``landing`` displaces nothing: a buffer beside the slots takes what the next layers
+            are expected to need (`runtime.prefetch.landing`). ``slots`` makes room by the policy's
+            scores, which can pay where windows bring whole experts.
+        layers_ahead: How many layers after the one that has computed may be fetched for into slots;
+            the nearest takes what it can use of the allowance, and leaves the others the rest.
+        landing_layers: How many layers ahead is looked for what lands, the likeliest of all.
         max_fetches: The most experts of a layer in one prefetch into slots.
         landing_records: The most experts that land, and the buffer's size in experts.
         margin: By how much a forecast must exceed that of what it displaces, in [0, 1).
         displaced_use: How likely a displaced expert would have been used before it would have gone
             anyway, in [0, 1]; see `least_probability`.
         programs_per_record: Of a copy; fewer leave attention more of the GPU.
-        window_s: Seconds between a layer's experts and the next one's, until they are measured.
+        window_s: Seconds in which the link is idle between two layers, until they are measured.
         link_bytes_per_s: Rate of copies, until it is measured in place; None measures one first.
         share: Of the window that copies may fill, in (0, 1].
         review_tokens: Passes between two looks at the counters.
@@ -39,8 +39,9 @@ class PrefetchOptions:
 
     into: Literal["landing", "slots"] = "landing"
     layers_ahead: int = 2
+    landing_layers: int = 12
     max_fetches: int = 4
-    landing_records: int = 1
+    landing_records: int = 3
     margin: float = 0.1
     displaced_use: float = 0.15
     programs_per_record: int = 24
@@ -55,7 +56,7 @@ class PrefetchOptions:
         if self.into not in ("landing", "slots"):
             raise ValueError(f"into={self.into}: must be landing or slots")
         for name in (
-            *("layers_ahead", "max_fetches", "landing_records"),
+            *("layers_ahead", "landing_layers", "max_fetches", "landing_records"),
             *("programs_per_record", "review_tokens"),
         ):
             if getattr(self, name) < 1:

@@ -1,14 +1,16 @@
-"""Prefetching inside a step: between one layer's experts and the next one's, the link works.
+"""Prefetching inside a step: whenever the link would be idle, it works ahead.
 
-After a layer's experts have been computed, the link is idle until the next ones' misses: attention,
-norms and routers need none of it. In that window a side stream decides and copies
-(`runtime.kernels.copy`) what a `Source` expects the next layers to need: into a buffer that the
-next layer's newcomers are given from (`runtime.prefetch.landing`), or into slots
-(`runtime.device_prefetch`), the nearest layer first, the rest of the allowance for those behind it.
-The main stream waits for the decision
-before anything touches the next layer's books, and for the copies before the next experts compute,
-so that misses never share the link with a guess. The allowance (`runtime.prefetch.review`) is what
-fits into the window, so that there is nothing to wait for.
+Between the moment when a layer's misses have come and the next layer's event, the link has nothing
+to carry: attention, norms and routers need none of it, and where a layer misses nothing, neither do
+its experts. In that window a side stream decides and copies (`runtime.kernels.copy`) what a
+`Source` expects the next layers to need: into a buffer that their newcomers are given from
+(`runtime.prefetch.landing`), or into slots (`runtime.device_prefetch`), the nearest layer first,
+the rest of the allowance for those behind it. What lands is decided beside the experts, so that
+nobody waits for the decision; slots are decided on behind them.
+The main stream waits for the decision before anything touches the next layer's books, and for the
+copies before the next experts compute, so that misses never share the link with a guess. The
+allowance (`runtime.prefetch.review`) is what fits into the window, so that there is nothing to wait
+for.
 
 The side stream forks from the main one and joins it again within a pass, which is what a CUDA graph
 asks for. On a CPU everything happens in order.
@@ -56,15 +58,20 @@ class Prefetcher:
         self._cache, self._source, self._options = cache, source, options
         self._landing: Landing | None = None
         self._into_slots: DevicePrefetch | None = None
+        self._layers_ahead = options.layers_ahead
         if options.into == "landing":
             pieces = min(options.landing_records, num_experts)
-            self._landing = Landing(cache, layout=layout, pieces=pieces)
+            self._landing = Landing(
+                cache, layout=layout, pieces=pieces, layers_ahead=options.landing_layers
+            )
+            self._layers_ahead = self._landing.layers_ahead
         else:
             self._into_slots = DevicePrefetch(
                 cache, layout=layout, max_fetches=min(options.max_fetches, num_experts)
             )
         bytes_per_s = options.link_bytes_per_s or _copies_bytes_per_s(cache, store, options)
         self._left_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        self._waits_1 = self._left_1.clone() if self._landing is None else self._landing.waits_1
         self._clock_X: Tensor | None = None
         self._clocked_layer = (num_layers - 2) // 2  # one like most others
         self._side: Any = None
@@ -81,37 +88,66 @@ class Prefetcher:
             clock_X=self._clock_X,
             max_neurons=None if self._landing is None else self._landing.max_neurons,
         )
-        self._landed_for = -1  # the layer that the landing buffer is for
+        # The layer that was fetched after last in this pass; between two passes, L.
+        self._latest = num_layers
+        self._rest: Copies | None = None
         self._decided: Any = None
         self._copied: Any = None
         # What the side stream reads of the main one's memory, which would use it again otherwise.
         self._held: Now | None = None
 
-    def fetch_after(self, now: Now) -> None:
-        """Fetch what the layers after ``now.layer`` are expected to need; returns at once.
+    def fetch_beside(self, now: Now, active: Active | None) -> None:
+        """Decide what lands while ``now.layer``'s experts compute, and copy what need not wait.
 
         Args:
-            now: Its layer's experts have been given to the current stream, or it is -1 and
-                `DeviceCache.advance` has.
+            now: Its layer's experts will be given to the current stream next, or it is -1 and
+                `DeviceCache.advance` has been.
+            active: Its event, after `join_copies`; None at -1.
         """
-        ahead = 1 if self._landing is not None else self._options.layers_ahead
-        last = min(now.layer + ahead, len(self._cache.memory) - 1)
-        if now.layer == last:
+        layers = self._layers_after(now.layer)
+        if self._landing is None or not layers:
             return
         with self._on_side():
-            copies = self._decide(now, range(now.layer + 1, last + 1))
+            next_HE = self._source.next_HE(layers, now)
+            if next_HE is not None:
+                at_once, rest = self._landing.fetch(
+                    layers,
+                    next_HE,
+                    active=active,
+                    least_L=self.review.least_L,
+                    allowance_2=self.review.allowance_2,
+                    left_1=self._left_1,
+                    is_first=now.layer <= self._latest,
+                )
+                self._latest, self._rest = now.layer, rest if now.layer >= 0 else None
             self._decided = self._mark()
-            if copies:
+            if next_HE is not None:
                 self._stamp("STARTED", now.layer)
-            for copy in copies:
-                copy_records(*copy, programs_per_record=self._options.programs_per_record)
-            if copies:
-                self._stamp("COPIED", now.layer)
-            self._copied = self._mark()
+                self._copy(at_once)
+                self._copied = self._mark()
         self._held = now
 
+    def fetch_after(self, now: Now) -> None:
+        """Copy what had to wait for ``now.layer``'s experts, or decide on slots; returns at once.
+
+        Args:
+            now: Its layer's experts have been given to the current stream, or it is -1.
+        """
+        layers, rest = self._layers_after(now.layer), self._rest
+        if not layers or (self._landing is not None and rest is None):
+            return
+        self._stamp("COMPUTED", now.layer)
+        with self._on_side():
+            if self._into_slots is not None:
+                self._fetch_into_slots(layers, now)
+            elif rest is not None:
+                self._copy(rest)
+            self._stamp("COPIED", now.layer)
+            self._copied = self._mark()
+        self._rest, self._held = None, now
+
     def join_decision(self) -> None:
-        """Let the current stream wait until the books are written."""
+        """Let the current stream wait until the books are written, and read."""
         self._join(self._decided)
         self._decided = None
 
@@ -125,45 +161,42 @@ class Prefetcher:
         if self._copied is not None:
             self._stamp("ARRIVED", layer - 1)
         self._join(self._copied)
-        if self._landing is not None and active is not None and self._landed_for == layer:
+        if self._landing is not None and active is not None and layer > self._latest:
             self._landing.claim(layer, active)
-        self._landed_for = -1
+        if layer + 1 == len(self._cache.memory):
+            self._latest = layer + 1
         self._copied = self._held = None
 
-    def _decide(self, now: Now, layers: range) -> list[Copies]:
-        """What is to be copied for these layers."""
-        copies, review = [], self.review
-        allowance_1 = review.allowance_1
-        for layer in layers:
-            next_E = self._source.next_E(layer, now)
-            if next_E is None:
-                continue
-            least_1 = review.least_L[layer : layer + 1]
-            if self._landing is not None:
-                copies.append(
-                    self._landing.fetch(
-                        layer,
-                        next_E,
-                        least_1=least_1,
-                        allowance_1=allowance_1,
-                        left_1=self._left_1,
-                    )
+    def _layers_after(self, layer: int) -> range:
+        """Those that may be fetched for once the layer's event is decided."""
+        return range(layer + 1, min(layer + 1 + self._layers_ahead, len(self._cache.memory)))
+
+    def _fetch_into_slots(self, layers: range, now: Now) -> None:
+        """Decide for each of the layers, then copy."""
+        assert self._into_slots is not None
+        review, copies = self.review, []
+        allowance_1 = review.allowance_2[1:]  # nothing is waited for behind the experts
+        next_HE = self._source.next_HE(layers, now)
+        for layer, next_E in zip(layers, next_HE, strict=True) if next_HE is not None else ():
+            copies.append(
+                self._into_slots.fetch(
+                    layer,
+                    next_E >= review.least_L[layer],
+                    next_E,
+                    margin=self._options.margin,
+                    victims_by_E=self._cache.keep_LE[layer],
+                    allowance_1=allowance_1,
+                    left_1=self._left_1,
                 )
-                self._landed_for = layer
-            elif self._into_slots is not None:
-                copies.append(
-                    self._into_slots.fetch(
-                        layer,
-                        next_E >= least_1,
-                        next_E,
-                        margin=self._options.margin,
-                        victims_by_E=self._cache.keep_LE[layer],
-                        allowance_1=allowance_1,
-                        left_1=self._left_1,
-                    )
-                )
+            )
             allowance_1 = self._left_1
-        return copies
+        self._decided = self._mark()
+        self._stamp("STARTED", now.layer)
+        for copy in copies:
+            self._copy(copy)
+
+    def _copy(self, copies: Copies) -> None:
+        copy_records(*copies, programs_per_record=self._options.programs_per_record)
 
     @contextmanager
     def _on_side(self) -> Iterator[None]:
@@ -190,8 +223,9 @@ class Prefetcher:
         clock.stamp(
             self._clock_X,
             getattr(clock, moment),
-            allowance_1=self.review.allowance_1,
+            allowance_2=self.review.allowance_2,
             left_1=self._left_1,
+            waits_1=self._waits_1,
         )
 
 

@@ -1,8 +1,9 @@
 """Whether prefetching pays, layer by layer: looked at every so many tokens, without a wait.
 
 What decides inside a captured step reads two tensors of the device: each layer's least probability
-(infinite where it is off) and the allowance of a window. The host rewrites both between steps, from
-counters that it has copied some steps before.
+(infinite where it is off) and the allowances of a window: a shorter one where copies wait until a
+layer's experts have computed, and a longer one where they do not. The host rewrites both between
+steps, from counters that it has copied some steps before.
 
 **Gain** of a layer, in neurons that did not have to be waited for: what was prefetched and used,
 minus what was displaced for nothing and then missed (F for each), minus a small price for what came
@@ -41,7 +42,7 @@ class _Snapshot(NamedTuple):
 
 
 class Review:
-    """Keeps `least_L` and `allowance_1` as good as is known.
+    """Keeps `least_L` and `allowance_2` as good as is known.
 
     Args:
         cache: Its counters are read.
@@ -52,7 +53,7 @@ class Review:
 
     Attributes:
         least_L: float32 on the device, the probability from which on a layer prefetches.
-        allowance_1: int32 on the device, neurons of one window.
+        allowance_2: int32 on the device, neurons of one window, the shorter one first.
         layers_off: Layers where prefetching has lost.
     """
 
@@ -67,10 +68,11 @@ class Review:
     ) -> None:
         self._max_neurons = max_neurons
         self._cache, self._options, self._clock_X = cache, options, clock_X
-        self._neurons_per_s, self._window_s = neurons_per_s, options.window_s
+        self._neurons_per_s = neurons_per_s
+        self._window_s = self._rest_s = options.window_s
         num_layers, device = len(cache.memory), cache.present_LE.device
         self.least_L = torch.zeros(num_layers, device=device)
-        self.allowance_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        self.allowance_2 = torch.zeros(2, dtype=torch.int32, device=device)
         self.layers_off: set[int] = set()
         self._pending: _Snapshot | None = None
         self._passes = 0
@@ -81,11 +83,12 @@ class Review:
 
     @property
     def allowance(self) -> int:
-        """Neurons of one window, as the host has set it last."""
+        """Neurons of a window in which nothing waits, as the host has set it last."""
+        return self._neurons_in(self._window_s)
+
+    def _neurons_in(self, window_s: float) -> int:
         neurons = allowance_neurons(
-            window_s=self._window_s,
-            neurons_per_s=self._neurons_per_s,
-            share=self._options.share,
+            window_s=window_s, neurons_per_s=self._neurons_per_s, share=self._options.share
         )
         return neurons if self._max_neurons is None else min(neurons, self._max_neurons)
 
@@ -161,15 +164,20 @@ class Review:
 
         if not clock_X[clock.SAMPLES]:
             return
-        self._window_s = 1e-9 * clock_X[clock.LEAST_WINDOW_NS]
+        least_ns, rest_ns = clock_X[clock.LEAST_WINDOW_NS], clock_X[clock.LEAST_REST_NS]
+        self._rest_s = 1e-9 * rest_ns
+        # Where every event has missed something, nobody has seen a whole window.
+        self._window_s = 1e-9 * (rest_ns if least_ns == clock.UNSEEN_NS else least_ns)
         if clock_X[clock.COPYING_NS]:
             rate = clock_X[clock.COPIED_NEURONS] / (1e-9 * clock_X[clock.COPYING_NS])
             self._neurons_per_s = rate
         logger.debug(
-            "Between experts the link is idle for %.0f us: %d neurons can travel; steps waited "
-            "%.1f us for them",
+            "Between experts the link is idle for %.0f us, %.0f us with what misses nothing: %s "
+            "neurons can travel, at %.0f a ms; steps waited %.1f us for them",
+            1e6 * self._rest_s,
             1e6 * self._window_s,
-            self.allowance,
+            [self._neurons_in(self._rest_s), self.allowance],
+            1e-3 * self._neurons_per_s,
             1e-3 * clock_X[clock.LATE_NS] / clock_X[clock.SAMPLES],
         )
 
@@ -186,6 +194,7 @@ class Review:
         is_cuda = self.least_L.is_cuda
         least_L = torch.full(self.least_L.shape, least, pin_memory=is_cuda)
         least_L[sorted(self.layers_off)] = torch.inf
-        allowance_1 = torch.tensor([self.allowance], dtype=torch.int32, pin_memory=is_cuda)
+        allowances = [self._neurons_in(self._rest_s), self.allowance]
+        allowance_2 = torch.tensor(allowances, dtype=torch.int32, pin_memory=is_cuda)
         self.least_L.copy_(least_L, non_blocking=True)
-        self.allowance_1.copy_(allowance_1, non_blocking=True)
+        self.allowance_2.copy_(allowance_2, non_blocking=True)

@@ -10,6 +10,7 @@ Shape letters: T tokens · L MoE layers · E experts per layer · D hidden.
 
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from data.routers import Routers
@@ -19,29 +20,31 @@ class Now(NamedTuple):
     """How far a forward pass is.
 
     Attributes:
-        layer: The layer whose experts have just been computed; -1 before layer 0.
+        layer: The layer whose experts compute now, or just have; -1 before layer 0.
         num_tokens: T, of the pass.
         router_input_TD: What that layer's router was given; None before layer 0.
+        topk_expert_ids_TK: int64, contiguous, the experts that it chose; likewise.
     """
 
     layer: int
     num_tokens: int
     router_input_TD: Tensor | None = None
+    topk_expert_ids_TK: Tensor | None = None
 
 
 class Source(Protocol):
-    """Says how likely a layer that is still to come in this pass needs each expert."""
+    """Says how likely layers that are still to come in this pass need each expert."""
 
-    def next_E(self, layer: int, now: Now) -> Tensor | None:
-        """Probability that any of the pass's tokens needs each expert: float32 [E], in [0, 1].
+    def next_HE(self, layers: range, now: Now) -> Tensor | None:
+        """Probability that any of the pass's tokens needs each expert: float32 [H, E], in [0, 1].
 
         Args:
-            layer: After ``now.layer``.
+            layers: H of them in a row, after ``now.layer``.
             now: Where the pass is.
 
         Returns:
-            None where nothing can be said; which is decided by the arguments' shapes and numbers
-            alone, as a graph replays the decision.
+            Zeros of layers of which nothing can be said, None where that are all of them; which is
+            decided by the arguments' shapes and numbers alone, as a graph replays the decision.
         """
         ...
 
@@ -58,10 +61,10 @@ class TokenForecast:
     def __init__(self, next_LE: Tensor) -> None:
         self._next_LE = next_LE
 
-    def next_E(self, layer: int, now: Now) -> Tensor | None:
-        """As `Source.next_E`, for every layer."""
-        next_E = self._next_LE[layer]
-        return next_E if now.num_tokens == 1 else any_of(next_E, now.num_tokens)
+    def next_HE(self, layers: range, now: Now) -> Tensor:
+        """As `Source.next_HE`, for every layer."""
+        next_HE = self._next_LE[layers.start : layers.stop]
+        return next_HE if now.num_tokens == 1 else any_of(next_HE, now.num_tokens)
 
 
 class NextRouters:
@@ -86,14 +89,19 @@ class NextRouters:
             raise ValueError(f"lookahead={lookahead}: must be at least 1")
         self._routers, self._top_k, self._lookahead = routers, top_k, lookahead
 
-    def next_E(self, layer: int, now: Now) -> Tensor | None:
-        """As `Source.next_E`; nothing before layer 0, or too far ahead."""
-        if now.router_input_TD is None or layer > now.layer + self._lookahead:
+    def next_HE(self, layers: range, now: Now) -> Tensor | None:
+        """As `Source.next_HE`; nothing before layer 0, or too far ahead."""
+        known = range(layers.start, min(layers.stop, now.layer + 1 + self._lookahead))
+        if now.router_input_TD is None or not known:
             return None
-        probs_TE = self._routers.scores_TE(layer, now.router_input_TD).softmax(-1)
-        return 1 - (1 - (self._top_k * probs_TE).clamp_(max=1)).prod(0)
+        said = []
+        for layer in known:
+            probs_TE = self._routers.scores_TE(layer, now.router_input_TD).softmax(-1)
+            said.append(1 - (1 - (self._top_k * probs_TE).clamp_(max=1)).prod(0))
+        unknown = [torch.zeros_like(said[0])] * (len(layers) - len(known))
+        return torch.stack(said + unknown)
 
 
-def any_of(next_E: Tensor, num_tokens: int) -> Tensor:
+def any_of(next_HE: Tensor, num_tokens: int) -> Tensor:
     """The probability of use by any of so many independent tokens."""
-    return 1 - (1 - next_E) ** num_tokens
+    return 1 - (1 - next_HE) ** num_tokens

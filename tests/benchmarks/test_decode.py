@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -256,7 +257,8 @@ def test_a_row_with_the_cpu_lane_says_what_the_others_say_up_to_rounding() -> No
     assert rows[1].cpu_bytes_per_s > 0 == rows[0].cpu_bytes_per_s
 
 
-def test_prefetching_rows_say_the_same_and_miss_less() -> None:
+@pytest.mark.parametrize("into", ["slots", "landing"])
+def test_prefetching_rows_say_the_same_and_miss_less(into: Literal["slots", "landing"]) -> None:
     """By a predictor that knows each layer's favourites, and by the truth."""
     bed = ReplayTestbed(
         SHAPES["gptoss20b"].small(),
@@ -267,10 +269,11 @@ def test_prefetching_rows_say_the_same_and_miss_less() -> None:
     store = filled_store(bed.layout, bed.num_layers, bed.block_EP)
     favourites = Favourites(bed.routes[0].ids_NLK, bed.num_experts)
     options = PrefetchOptions(
-        into="slots",
+        into=into,
         window_s=2.0,
         link_bytes_per_s=float(bed.layout.record_bytes),
         displaced_use=0.4,
+        programs_per_record=2,
     )
     traffic, said = {}, {}
     for prefetch_by in ("none", "predictor", "truth"):
@@ -287,8 +290,11 @@ def test_prefetching_rows_say_the_same_and_miss_less() -> None:
         traffic[prefetch_by] = row.traffic()
     assert said["none"] == said["predictor"] == said["truth"]
     assert traffic["none"].prefetched_bytes == 0 < traffic["predictor"].prefetched_bytes
-    assert traffic["truth"].missed_bytes == traffic["truth"].wasted_bytes == 0
-    assert traffic["truth"].hits == traffic["none"].accesses
+    assert traffic["truth"].missed_bytes < traffic["none"].missed_bytes
+    assert traffic["truth"].wasted_bytes == 0
+    if into == "slots":
+        assert traffic["truth"].missed_bytes == 0
+        assert traffic["truth"].hits == traffic["none"].accesses
     with pytest.raises(ValueError, match="prefetch_by='predictor': name a predictor"):
         OwnRow(bed, store, "lru", slots=3, prefetch_by="predictor")
 
@@ -377,6 +383,21 @@ def test_efficiency_is_measured_against_compute_and_against_the_link() -> None:
         "r", 2, samples, resident_step_s=0.001, link_bytes_per_s=2.5e3, cpu_bytes_per_s=2.5e3
     )
     assert row["efficiency"] == pytest.approx(0.5)  # two lanes could do it in 10 ms
+
+
+def test_what_was_prefetched_counts_as_needed_as_far_as_it_was_used() -> None:
+    traffic = Traffic(
+        accesses=8,
+        hits=6,
+        missed_bytes=200,
+        cpu_bytes=60,
+        prefetched_bytes=120,
+        wasted_bytes=80,
+    )
+    samples = Samples(step_s=[[0.02]], traffic=[traffic])
+    row = summary("r", 2, samples, resident_step_s=0.001, link_bytes_per_s=2e4)
+    assert row["efficiency"] == pytest.approx(0.6)  # 240 bytes take 12 of the 20 ms
+    assert row["link_use"] == pytest.approx(0.65)  # and it carried 260
 
 
 def test_a_percentile_is_a_measured_value() -> None:

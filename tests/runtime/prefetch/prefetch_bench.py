@@ -27,6 +27,7 @@ def options(*, neurons: int = NEURONS, **changed) -> PrefetchOptions:
         "link_bytes_per_s": record_bytes * max(neurons, 1) / NEURONS,
         "displaced_use": 0.5 * min(1.0, neurons / NEURONS),  # a least probability of 1/3
         "margin": 0.1,
+        "programs_per_record": 2,
     }
     return PrefetchOptions(**{**given, **changed})
 
@@ -38,9 +39,9 @@ class Scripted:
         self.next_LE = torch.zeros(num_layers, num_experts, device=KERNEL_DEVICE)
         self.asked: list[tuple[int, int]] = []
 
-    def next_E(self, layer: int, now: Now) -> Tensor:
-        self.asked.append((now.layer, layer))
-        return self.next_LE[layer]
+    def next_HE(self, layers: range, now: Now) -> Tensor:
+        self.asked += [(now.layer, layer) for layer in layers]
+        return self.next_LE[layers.start : layers.stop]
 
     def say(self, layer: int, experts: Sequence[int], probability: float = 1.0) -> None:
         self.next_LE[layer].zero_()

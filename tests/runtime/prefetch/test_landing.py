@@ -8,7 +8,6 @@ from prefetch_bench import NEURONS, Scripted, experts, options, serve
 
 from runtime.device_cache import CHUNK_NEURONS, COUNTERS
 from runtime.expert_layout import ExpertLayout
-from runtime.kernels.landing import claim
 from runtime.policies import make_policy
 from runtime.prefetch.landing import Landing
 from tests.devices import KERNEL_DEVICE
@@ -58,16 +57,116 @@ def test_no_bit_and_no_resident_changes_and_what_came_true_is_not_missed(
         assert with_it[name] == without[name]
 
 
-@settings(max_examples=20, deadline=None)
+class Pieces:
+    """What `Landing` should decide, in plain words: pieces of (layer, expert), neurons landed."""
+
+    def __init__(self, count: int, num_neurons: int) -> None:
+        self.count, self.num_neurons = count, num_neurons
+        self.landed: dict[tuple[int, int], int] = {}
+
+    def fetch(
+        self,
+        likely: dict[tuple[int, int], float],
+        *,
+        first_layer: int,
+        allowance: int,
+        is_first: bool,
+    ) -> tuple[dict[tuple[int, int], int], int]:
+        """What comes of each, and what is left of the allowance."""
+        kept = {} if is_first else {k: n for k, n in self.landed.items() if k[0] >= first_layer}
+        self.landed, came, left = kept, {}, allowance
+        for key in sorted(likely, key=lambda key: (-likely[key], key)):
+            if key not in self.landed and len(self.landed) == self.count:
+                continue
+            missing = self.num_neurons - self.landed.get(key, 0)
+            portion = missing if missing <= left else left // CHUNK_NEURONS * CHUNK_NEURONS
+            if not portion:
+                continue
+            self.landed[key] = self.landed.get(key, 0) + portion
+            came[key] = portion
+            left -= portion
+        return came, left
+
+
+@settings(max_examples=15, deadline=None)
 @given(data=st.data())
-def test_the_likeliest_absent_experts_land_as_far_as_the_allowance_goes(
+def test_the_likeliest_absent_experts_of_all_layers_land_window_after_window(
     data: st.DataObject,
 ) -> None:
-    num_experts, num_neurons = data.draw(st.integers(3, 40)), 192
+    num_experts, num_layers = data.draw(st.integers(3, 20)), 4
     pieces = data.draw(st.integers(1, 3))
-    allowance = data.draw(st.integers(0, pieces * num_neurons))
-    least = data.draw(st.sampled_from([0.0, 0.3, float("inf")]))
-    layout = ExpertLayout(
+    cache = make(
+        make_policy("lru"), slots=[2] * num_layers, num_experts=num_experts, top_k=2, kernels=True
+    )
+    layout = layout_of(cache.num_neurons)
+    buffer = Landing(cache, layout=layout, pieces=pieces, layers_ahead=2)
+    plain = Pieces(pieces, cache.num_neurons)
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    least_L = torch.tensor([0.0, 0.3, float("inf"), 0.3])
+    left_1 = torch.zeros(1, dtype=torch.int32, device=KERNEL_DEVICE)
+    for _ in range(2):
+        cache.advance()
+        for layer in range(-1, num_layers - 1):
+            active = None
+            if layer >= 0:
+                ids_K = torch.randperm(num_experts, generator=generator)[:2]
+                active = cache.step(layer, ids_K[None].to(KERNEL_DEVICE))
+            misses = active is not None and bool(
+                (active.present_A[: int(active.num_1)] < cache.num_neurons).any()
+            )
+            layers = range(layer + 1, min(layer + 3, num_layers))
+            next_HE = torch.rand(len(layers), num_experts, generator=generator).round(decimals=1)
+            shorter, longer = sorted(data.draw(st.integers(0, 500)) for _ in range(2))
+            at_once, rest = buffer.fetch(
+                layers,
+                next_HE.to(KERNEL_DEVICE),
+                active=active,
+                least_L=least_L.to(KERNEL_DEVICE),
+                allowance_2=torch.tensor(
+                    [shorter, longer], dtype=torch.int32, device=KERNEL_DEVICE
+                ),
+                left_1=left_1,
+                is_first=layer < 0,
+            )
+            resident_LE = cache.cache.usage.resident_LE.cpu()
+            likely = {
+                (row, expert): float(next_HE[row - layer - 1, expert])
+                for row in layers
+                for expert in range(num_experts)
+                if not resident_LE[row, expert]
+                and next_HE[row - layer - 1, expert] > 0
+                and next_HE[row - layer - 1, expert] >= least_L[row]
+            }
+            came, left = plain.fetch(
+                likely,
+                first_layer=layer + 1,
+                allowance=shorter if misses else longer,
+                is_first=layer < 0,
+            )
+            assert int(left_1) == left
+            keys = list(zip(buffer._layer_N.tolist(), buffer._expert_N.tolist(), strict=True))
+            landed = zip(keys, buffer._neurons_N.tolist(), strict=True)
+            assert {key: neurons for key, neurons in landed if neurons} == plain.landed
+            busy, idle = (rest, at_once) if misses else (at_once, rest)
+            assert not idle.num_bytes_N.any()
+            assert int(buffer.waits_1) == misses
+            for piece, key in enumerate(keys):
+                num_bytes = came.get(key, 0) * buffer._neuron_bytes
+                if num_bytes and plain.landed[key] == cache.num_neurons:
+                    num_bytes = layout.record_bytes - (
+                        (cache.num_neurons - came[key]) * buffer._neuron_bytes
+                    )
+                assert int(busy.num_bytes_N[piece]) == num_bytes
+                if num_bytes:
+                    start = (plain.landed[key] - came[key]) * buffer._neuron_bytes
+                    home = int(cache.home_address_LE[key])
+                    assert int(busy.source_address_N[piece]) == home + start
+                    place = buffer._buffer_NP.data_ptr() + piece * layout.record_bytes
+                    assert int(busy.target_address_N[piece]) == place + start
+
+
+def layout_of(num_neurons: int) -> ExpertLayout:
+    return ExpertLayout(
         hidden_size=8,
         expert_intermediate_size=num_neurons,
         dtype=torch.bfloat16,
@@ -75,72 +174,6 @@ def test_the_likeliest_absent_experts_land_as_far_as_the_allowance_goes(
         has_bias=True,
         is_transposed=False,
         is_concatenated=True,
-    )
-    cache = make(make_policy("lru"), slots=[2], num_experts=num_experts, top_k=2, kernels=True)
-    buffer = Landing(cache, layout=layout, pieces=pieces)
-    values = st.lists(st.sampled_from([0.0, 0.2, 0.3, 0.9]), min_size=num_experts)
-    next_E = torch.tensor(data.draw(values)[:num_experts], device=KERNEL_DEVICE)
-    needed_K = data.draw(
-        st.lists(st.integers(0, num_experts - 1), min_size=2, max_size=2, unique=True)
-    )
-
-    def serve_event(*ids: int):
-        cache.advance()
-        return cache.step(0, torch.tensor([ids], device=KERNEL_DEVICE))
-
-    serve_event(0, 1)
-    left_1 = torch.zeros(1, dtype=torch.int32, device=KERNEL_DEVICE)
-    buffer.fetch(
-        0,
-        next_E,
-        least_1=torch.tensor([least], device=KERNEL_DEVICE),
-        allowance_1=torch.tensor([allowance], dtype=torch.int32, device=KERNEL_DEVICE),
-        left_1=left_1,
-    )
-    # In plain words.
-    likely = sorted(
-        (e for e in range(2, num_experts) if next_E[e] >= least and next_E[e] > 0),
-        key=lambda e: (-float(next_E[e]), e),
-    )
-    expected, left = {}, allowance
-    for expert in likely[:pieces]:
-        portion = num_neurons if left >= num_neurons else left // CHUNK_NEURONS * CHUNK_NEURONS
-        if portion:
-            expected[expert] = portion
-        left -= portion
-    landed = zip(buffer._expert_N.tolist(), buffer._neurons_N.tolist(), strict=True)
-    assert {expert: neurons for expert, neurons in landed if neurons} == expected
-    assert int(left_1) == allowance - sum(expected.values())
-    cache.counters_LX.zero_()
-    active = serve_event(*needed_K)
-    missed = int(cache.counters_LX[0, COUNTERS.index("missed_neurons")])
-    before = active.present_A.clone()
-    buffer_copies = buffer._landing.num_bytes_N.tolist()
-    claim_only(buffer, active)
-    given_to = {}
-    for entry in range(int(active.num_1)):
-        if int(active.present_A[entry]) != int(before[entry]):
-            given_to[int(active.expert_A[entry])] = int(active.present_A[entry])
-    assert given_to == {e: n for e, n in expected.items() if e in needed_K}
-    now = dict(zip(COUNTERS, cache.counters_LX[0].tolist(), strict=True))
-    assert now["missed_neurons"] == missed - sum(given_to.values())
-    assert now["used_neurons"] == sum(given_to.values())
-    assert now["wasted_neurons"] == sum(expected.values()) - sum(given_to.values())
-    claimed = buffer._claimed_bytes_N.tolist()
-    for piece, expert in enumerate(expected):
-        assert claimed[piece] == (buffer_copies[piece] if expert in needed_K else 0)
-
-
-def claim_only(buffer: Landing, active) -> None:
-    """`Landing.claim` without its copies: the slots of these caches are made up."""
-    claim(
-        expert_N=buffer._expert_N,
-        neurons_N=buffer._neurons_N,
-        landed_bytes_N=buffer._landing.num_bytes_N,
-        active=active,
-        target_N=buffer._slot_N,
-        num_bytes_N=buffer._claimed_bytes_N,
-        counters_X=buffer._cache.counters_LX[0],
     )
 
 
@@ -159,4 +192,4 @@ def test_what_never_comes_true_is_switched_off() -> None:
 def test_slots_of_tops_only_are_refused() -> None:
     cache = make(make_policy("lru"), slots=[2], num_experts=4, top_k=1, kernels=False, held=64)
     with pytest.raises(ValueError, match="landing needs slots that hold whole experts"):
-        Landing(cache, layout=experts(source=None)._store.layout, pieces=1)
+        Landing(cache, layout=experts(source=None)._store.layout, pieces=1, layers_ahead=1)

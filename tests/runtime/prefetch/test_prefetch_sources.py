@@ -14,9 +14,9 @@ def test_a_forecast_is_read_when_asked_and_counts_all_tokens() -> None:
     next_LE = torch.zeros(2, 4)
     source = TokenForecast(next_LE)
     next_LE[1] = torch.tensor([0.0, 0.5, 1.0, 0.1])
-    assert torch.equal(source.next_E(1, Now(-1, 1)), next_LE[1])
+    assert torch.equal(source.next_HE(range(1, 2), Now(-1, 1)), next_LE[1:])
     torch.testing.assert_close(
-        source.next_E(1, Now(0, 3)), torch.tensor([0.0, 0.875, 1.0, 1 - 0.9**3])
+        source.next_HE(range(1, 2), Now(0, 3))[0], torch.tensor([0.0, 0.875, 1.0, 1 - 0.9**3])
     )
 
 
@@ -56,7 +56,7 @@ def test_the_next_routers_say_what_the_predictor_says_of_what_experts_are_given(
     assert probs_THE is not None
     each_TE = (spec.top_k * probs_THE[:, 0]).clamp(max=1)
     for rows in (input_TD[:1], input_TD):
-        said_E = source.next_E(1, Now(0, len(rows), rows))
+        (said_E,) = source.next_HE(range(1, 2), Now(0, len(rows), rows))
         torch.testing.assert_close(said_E, 1 - (1 - each_TE[: len(rows)]).prod(0))
         assert said_E.dtype == torch.float32
 
@@ -64,7 +64,10 @@ def test_the_next_routers_say_what_the_predictor_says_of_what_experts_are_given(
 def test_the_next_routers_say_nothing_of_what_they_cannot_know() -> None:
     model = tiny_model("mixtral")
     source = NextRouters(Routers(model), top_k=2)
-    assert source.next_E(0, Now(-1, 1)) is None
-    assert source.next_E(2, Now(0, 1, torch.zeros(1, 32))) is None
+    assert source.next_HE(range(2), Now(-1, 1)) is None
+    assert source.next_HE(range(2, 3), Now(0, 1, torch.zeros(1, 32))) is None
+    ahead_HE = source.next_HE(range(1, 3), Now(0, 1, torch.randn(1, 32)))
+    assert ahead_HE[0].any()
+    assert not ahead_HE[1].any()
     with pytest.raises(ValueError, match="lookahead=0: must be at least 1"):
         NextRouters(Routers(model), top_k=2, lookahead=0)

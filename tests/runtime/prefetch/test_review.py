@@ -32,11 +32,11 @@ def count(cache, layer: int, **amounts: int) -> None:
 def test_it_starts_with_what_is_set() -> None:
     _, review = review_of()
     assert review.allowance == 128
-    assert review.allowance_1.tolist() == [128]
+    assert review.allowance_2.tolist() == [128, 128]
     least = least_probability(allowance=128, num_neurons=F, displaced_use=0.15)
     assert review.least_L.tolist() == pytest.approx([least] * 2)
     _, narrow = review_of(options={"window_s": 1e-5})
-    assert narrow.allowance_1.tolist() == [0]
+    assert narrow.allowance_2.tolist() == [0, 0]
     assert narrow.least_L.tolist() == [math.inf] * 2
 
 
@@ -92,16 +92,16 @@ def test_windows_and_rates_that_are_measured_make_the_allowance() -> None:
     review.look_now()
     assert review.allowance == 128, "no sample yet"
     clock_X[clock.SAMPLES] = 10
-    clock_X[clock.LEAST_WINDOW_NS] = 200_000
+    clock_X[clock.LEAST_REST_NS] = 200_000
     review.look_now()
-    assert review.allowance == 0, "0.2 ms at 128 neurons a ms"
-    assert clock_X[clock.LEAST_WINDOW_NS] == clock.UNSEEN_NS
+    assert review.allowance == 0, "0.2 ms at 128 neurons a ms, and no event without a miss"
+    assert clock_X[clock.LEAST_REST_NS] == clock.UNSEEN_NS
     clock_X[clock.SAMPLES] = 10
-    clock_X[clock.LEAST_WINDOW_NS] = 200_000
+    clock_X[clock.LEAST_REST_NS], clock_X[clock.LEAST_WINDOW_NS] = 100_000, 200_000
     clock_X[clock.COPYING_NS], clock_X[clock.COPIED_NEURONS] = 1_000_000, 1_000
     review.look_now()
     assert review.allowance == 192  # of 200
-    assert review.allowance_1.tolist() == [192]
+    assert review.allowance_2.tolist() == [64, 192]
     review.reset()
     assert review.allowance == 192, "what is measured stays"
 
@@ -109,4 +109,4 @@ def test_windows_and_rates_that_are_measured_make_the_allowance() -> None:
 def test_what_lands_displaces_nothing_and_may_be_less_sure() -> None:
     _, review = review_of(options={"into": "landing", "waste_cost": 0.25}, max_neurons=64)
     assert review.least_L.tolist() == pytest.approx([0.2] * 2)
-    assert review.allowance_1.tolist() == [64]
+    assert review.allowance_2.tolist() == [64, 64]
