@@ -88,7 +88,8 @@ def newest_artifact(folder: Path, spec: MoESpec, *, level: int = logging.INFO) -
 
 def place(cfg: DictConfig, spec: MoESpec, device: torch.device) -> dict[str, Any]:
     """What `attach` is told of device and memory; on a GPU, bytes are of everything there."""
-    options = {"compile_layers": cfg.compile_layers, "cpu_lane": cfg.cpu_lane}
+    names = ("compile_layers", "cpu_lane", "prefetch")
+    options = {name: cfg[name] for name in names}
     return options | _memory(cfg, spec, device)
 
 
@@ -111,6 +112,8 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
     """
     if cfg.cpu_lane not in (False, True, "auto"):
         raise ValueError(f"cpu_lane={cfg.cpu_lane}: must be one of false, true, auto")
+    if cfg.prefetch not in (False, True, "auto"):
+        raise ValueError(f"prefetch={cfg.prefetch}: must be one of false, true, auto")
     mode: Mode = cfg.serve.engine
     if is_lossy(cfg, device):
         if mode == "batched":

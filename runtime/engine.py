@@ -39,6 +39,7 @@ from runtime.graph_forecasts import device_bytes
 from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
+from runtime.prefetch.served import Prefetch, landing_bytes, source_for
 from runtime.sizes import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ def attach(
     record_events: bool = False,
     compile_layers: bool = False,
     cpu_lane: bool | Literal["auto"] = False,
+    prefetch: Prefetch = "auto",
     trial_tokens: int | None = None,
     context_tokens: int | None = None,
     mode: Literal["lossless", "resident_only"] = "lossless",
@@ -95,6 +97,10 @@ def attach(
         cpu_lane: On a GPU, let processor cores compute a part of what a decode step misses while
             the link carries the rest; they spin while decoding. "auto" takes it where it wins.
             Outputs are then exact to rounding, but no longer the same bits at every residency.
+        prefetch: On a GPU, bring what the predictor expects of the next layers into a small buffer
+            while the link would be idle. "auto" does where it can: the policy reads forecasts, and
+            the predictor runs inside the graph. It is switched off, with a line in the log, in
+            layers where it loses, and altogether where it does not pay (`OffloadStats` says so).
         trial_tokens: Only for a GPU: serve a prompt of so many tokens, beside a KV cache of the
             whole context, before anything else, so that what does not fit fails now; 0 = do not. By
             default one chunk where ``budget_bytes`` is given: no prompt takes more memory.
@@ -119,6 +125,7 @@ def attach(
     if predictor is not None:
         check_spec(predictor, spec)
     check_mode(mode, device=target, spec=spec, predictor=predictor, scores_LE=resident_scores_LE)
+    source = source_for(prefetch, policy, predictor, spec, target)
     generates = getattr(model, "generation_config", None) is not None
     if target.type == "cpu":
         if compile_layers:
@@ -140,7 +147,7 @@ def attach(
             store_dir=store_dir,
             record_events=record_events,
         )
-        planned_bytes = None
+        planned_bytes = prefetcher = None
     else:
         check_gpu_options(target, store_dir=store_dir, record_events=record_events)
         from runtime.gpu_experts import GpuExperts  # its kernels need triton
@@ -162,6 +169,7 @@ def attach(
                 budget,
                 device=target,
                 predictor_bytes=forecast_bytes,
+                prefetch_bytes=0 if source is None else landing_bytes(layers),
                 context_tokens=context_tokens,
             )
             planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
@@ -169,7 +177,7 @@ def attach(
                 trial_tokens = min(CHUNK_TOKENS, context_tokens - 1)
             budget_bytes = None
         num_slots = slots_per_layer(spec, slots, budget_bytes)
-        backend = GpuExperts.build(
+        backend = experts = GpuExperts.build(
             model=model,
             layers=layers,
             spec=spec,
@@ -177,10 +185,19 @@ def attach(
             policy=policy,
             device=target,
             cpu_lane=cpu_lane,
+            prefetch_by=source,
         )
+        prefetcher = experts.prefetcher
     offload = Offload(
-        layers=layers, spec=spec, slots=num_slots, backend=backend, context_tokens=context_tokens
+        layers=layers,
+        spec=spec,
+        slots=num_slots,
+        backend=backend,
+        context_tokens=context_tokens,
+        next_use_LE=None if source is None else source.next_LE,
     )
+    if prefetcher is not None:
+        prefetcher.review.on_change = offload._capture_anew
     try:
         offload._install()
         if resident_scores_LE is not None:

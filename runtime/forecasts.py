@@ -73,6 +73,7 @@ def make_observer(
     counts: ForecastCounts,
     on_failure: Callable[[Exception], None],
     on_change: Callable[[], None],
+    next_use_LE: Tensor | None = None,
 ) -> Observer | DevicePasses:
     """Let ``predictor`` watch ``model`` and tell ``backend`` what to expect.
 
@@ -84,10 +85,13 @@ def make_observer(
         counts: Where forecasts are counted.
         on_failure: Called with what the predictor raised, once.
         on_change: Called where captured steps are out of date for another reason.
+        next_use_LE: float32, takes what is expected of the very next pass, for who prefetches.
     """
 
     def keep(forecast: Forecast) -> None:
         place_LE = backend.later_use()
+        if next_use_LE is not None:
+            next_use_LE.copy_(forecast.next_LE)
         backend.expect(torch.sub(forecast.forecast_LE, forecast.next_LE, out=place_LE))
 
     def keep_layer(layer: int, later_E: Tensor) -> None:

@@ -384,7 +384,7 @@ class GpuExperts:
             cpu_lane_on=lane_on,
             prefetched_bytes=round(decode["prefetched_neurons"] * neuron_bytes),
             wasted_bytes=round(decode["wasted_neurons"] * neuron_bytes),
-            prefetch_layers_off=len(self.prefetcher.review.layers_off) if self.prefetcher else 0,
+            prefetch_layers_off=self.prefetcher.review.num_off if self.prefetcher else 0,
         )
 
     def view(self, *, goes_on: bool = True) -> ExpertView:

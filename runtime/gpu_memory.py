@@ -44,6 +44,7 @@ class MemoryPlan:
         least_slots: K, so that one token's experts fit.
         graph_bytes: Captured graphs and libraries.
         predictor_bytes: A predictor's weights and memory of a request.
+        prefetch_bytes: Of what has come ahead of its use.
     """
 
     weight_bytes: int
@@ -56,12 +57,14 @@ class MemoryPlan:
     least_slots: int
     graph_bytes: int = _GRAPH_BYTES
     predictor_bytes: int = 0
+    prefetch_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """All but the slots."""
         parts = (self.weight_bytes, self.kv_bytes, self.activation_bytes, self.workspace_bytes)
-        return sum(parts) + self.staging_bytes + self.graph_bytes + self.predictor_bytes
+        others = (self.staging_bytes, self.graph_bytes, self.predictor_bytes, self.prefetch_bytes)
+        return sum(parts) + sum(others)
 
     @property
     def total_bytes(self) -> int:
@@ -82,6 +85,7 @@ def plan_memory(
     staging_buffers: int = STAGING_BUFFERS,
     free_bytes: int | None = None,
     predictor_bytes: int = 0,
+    prefetch_bytes: int = 0,
 ) -> MemoryPlan:
     """The most slots per layer, the same in all, for a budget of everything on the device.
 
@@ -92,6 +96,7 @@ def plan_memory(
         staging_buffers: Of `runtime.prefill`, at least 1. What is fully resident needs none.
         free_bytes: What the device has left, if known.
         predictor_bytes: What a predictor takes there.
+        prefetch_bytes: What prefetching takes there, unless everything is resident.
 
     Raises:
         ValueError: Both or neither of budget and slots are given, one is out of range, one token's
@@ -116,6 +121,7 @@ def plan_memory(
             slots=num_slots,
             least_slots=spec.top_k,
             predictor_bytes=predictor_bytes,
+            prefetch_bytes=prefetch_bytes if staging else 0,
         )
 
     whole = planned(spec.num_experts, 0)
@@ -160,6 +166,7 @@ def gpu_slots_for_bytes(
     *,
     device: torch.device | None = None,
     predictor_bytes: int = 0,
+    prefetch_bytes: int = 0,
     context_tokens: int = CONTEXT_TOKENS,
 ) -> int:
     """Slots per layer for a budget of everything on the GPU.
@@ -171,6 +178,7 @@ def gpu_slots_for_bytes(
         budget_bytes: Of everything.
         device: Where it is to be served: checked for room if the model is not there yet.
         predictor_bytes: What a predictor takes there.
+        prefetch_bytes: What prefetching does.
         context_tokens: Positions of the one KV cache.
     """
     layout = ExpertLayout.of(layers[0].experts)
@@ -183,7 +191,11 @@ def gpu_slots_for_bytes(
         free_bytes = free_bytes_of(device)
     counted = footprint(likeness, context=context_tokens, batch=1, chunk_tokens=CHUNK_TOKENS)
     return plan_memory(
-        counted, budget_bytes, free_bytes=free_bytes, predictor_bytes=predictor_bytes
+        counted,
+        budget_bytes,
+        free_bytes=free_bytes,
+        predictor_bytes=predictor_bytes,
+        prefetch_bytes=prefetch_bytes,
     ).slots
 
 

@@ -61,8 +61,10 @@ class Offload:
         slots: tuple[int, ...],
         backend: Backend,
         context_tokens: int | None = None,
+        next_use_LE: Tensor | None = None,
     ) -> None:
         self.spec = spec
+        self._next_use_LE = next_use_LE  # where forecasts go that something is prefetched by
         self.slots = slots
         self.context_tokens = context_tokens
         self._backend = backend
@@ -296,6 +298,11 @@ class Offload:
             hold=hold,
         )
 
+    def _capture_anew(self) -> None:
+        """Captured steps are out of date."""
+        if self._graph is not None:
+            self._graph.forget()
+
     def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
         """See that memory holds a prompt, and forget it."""
         check_prompt_fits(
@@ -310,16 +317,13 @@ class Offload:
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
         self._model, self._layers = model, layers
 
-        def capture_anew() -> None:
-            if self._graph is not None:
-                self._graph.forget()
-
         self._predictor = ServedPredictor(
             model=model,
             layers=layers,
             backend=self._backend,
             predictor=predictor,
-            on_change=capture_anew,
+            on_change=self._capture_anew,
+            next_use_LE=self._next_use_LE,
         )
 
     @torch.no_grad()

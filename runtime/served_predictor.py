@@ -31,6 +31,7 @@ class ServedPredictor:
         backend: Serves its experts.
         predictor: Fitted for it, and bound to it.
         on_change: Called where captured steps are out of date, also from within one.
+        next_use_LE: As `make_observer` has it.
 
     Attributes:
         observer: How it watches.
@@ -44,8 +45,10 @@ class ServedPredictor:
         backend: Backend,
         predictor: Predictor,
         on_change: Callable[[], None],
+        next_use_LE: Tensor | None = None,
     ) -> None:
         self._backend, self._on_change = backend, on_change
+        self._next_use_LE = next_use_LE
         self._policy: Policy | None = None  # that the fallback stands in for
         self._counts = ForecastCounts(predictor.kind)
         self.observer = make_observer(
@@ -56,6 +59,7 @@ class ServedPredictor:
             counts=self._counts,
             on_failure=self._go_without,
             on_change=on_change,
+            next_use_LE=next_use_LE,
         )
 
     def routed(self, layer: int, topk_expert_ids_TK: Tensor, topk_weights_TK: Tensor) -> None:
@@ -113,6 +117,8 @@ class ServedPredictor:
             FALLBACK_POLICY,
             exc_info=error,
         )
+        if self._next_use_LE is not None:
+            self._next_use_LE.zero_()  # what nobody expects is not prefetched
         before = self._backend.use_policy(make_policy(FALLBACK_POLICY))
         self._policy = self._policy or before  # views of one predictor may fail one after the other
         self._on_change()

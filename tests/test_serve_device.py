@@ -57,7 +57,7 @@ def test_bytes_are_of_everything_on_a_gpu_and_of_slots_on_a_cpu(tmp_path: Path) 
     def told(budget: str, device: torch.device) -> dict[str, Any]:
         return serve.place(configuration(stores, f"budget={budget}"), spec, device)
 
-    options = {"compile_layers": False, "cpu_lane": False}
+    options = {"compile_layers": False, "cpu_lane": False, "prefetch": "auto"}
     on_gpu = options | {"device": GPU, "context_tokens": None}
     assert told("25%", CPU) == options | {"device": CPU, "slots": 4, "store_dir": str(tmp_path)}
     assert told("25%", GPU) == on_gpu | {"slots": 4}
@@ -87,6 +87,7 @@ def test_sequences_run_one_by_one_where_one_cache_was_planned_for(
     [
         ("serve.engine=batched", "serve.engine=batched: budget=1GiB on a GPU holds the KV cache"),
         ("cpu_lane=fast", "cpu_lane=fast: must be one of false, true, auto"),
+        ("prefetch=soon", "prefetch=soon: must be one of false, true, auto"),
     ],
 )
 def test_what_was_not_planned_for_is_refused_before_the_model_is_loaded(

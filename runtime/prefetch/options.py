@@ -30,6 +30,7 @@ class PrefetchOptions:
         link_bytes_per_s: Rate of copies, until it is measured in place; None measures one first.
         share: Of the window that copies may fill, in (0, 1].
         review_tokens: Passes between two looks at the counters.
+        launch_s: Seconds of the step that a layer's prefetch takes, whatever comes of it.
         waste_cost: What a neuron costs that came for nothing over an idle link, relative to one
             that is missed, at least 0.
 
@@ -49,6 +50,7 @@ class PrefetchOptions:
     link_bytes_per_s: float | None = None
     share: float = 0.9
     review_tokens: int = 64
+    launch_s: float = 4e-6
     waste_cost: float = 0.1
 
     def __post_init__(self) -> None:
@@ -67,6 +69,7 @@ class PrefetchOptions:
             "window_s": self.window_s >= 0,
             "link_bytes_per_s": self.link_bytes_per_s is None or self.link_bytes_per_s > 0,
             "share": 0 < self.share <= 1,
+            "launch_s": self.launch_s >= 0,
             "waste_cost": self.waste_cost >= 0,
         }
         for name, holds in ranges.items():

@@ -105,7 +105,7 @@ class Prefetcher:
             active: Its event, after `join_copies`; None at -1.
         """
         layers = self._layers_after(now.layer)
-        if self._landing is None or not layers:
+        if self._landing is None or not layers or self.review.is_off:
             return
         with self._on_side():
             next_HE = self._source.next_HE(layers, now)
@@ -134,7 +134,7 @@ class Prefetcher:
             now: Its layer's experts have been given to the current stream, or it is -1.
         """
         layers, rest = self._layers_after(now.layer), self._rest
-        if not layers or (self._landing is not None and rest is None):
+        if not layers or (self._landing is not None and rest is None) or self.review.is_off:
             return
         self._stamp("COMPUTED", now.layer)
         with self._on_side():

@@ -9,12 +9,14 @@ steps, from counters that it has copied some steps before.
 minus what was displaced for nothing and then missed (F for each), minus a small price for what came
 for nothing (`runtime.device_cache.COUNTERS`). Sums are halved at every review, so that the latest
 count most. A layer whose gain is negative is switched off, and stays so until `Review.reset`:
-without prefetches there is nothing new to judge by.
+without prefetches there is nothing new to judge by. Where all layers together gain less than their
+launches take of a step, prefetching is off as a whole, and captured steps are to do without.
 
 Shape letters: L MoE layers · F expert FFN inner size · X counters.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +57,8 @@ class Review:
         least_L: float32 on the device, the probability from which on a layer prefetches.
         allowance_2: int32 on the device, neurons of one window, the shorter one first.
         layers_off: Layers where prefetching has lost.
+        is_off: It has lost as a whole.
+        on_change: Called, between two passes, where that has changed.
     """
 
     def __init__(
@@ -74,12 +78,20 @@ class Review:
         self.least_L = torch.zeros(num_layers, device=device)
         self.allowance_2 = torch.zeros(2, dtype=torch.int32, device=device)
         self.layers_off: set[int] = set()
+        self.is_off = False
+        self.on_change: Callable[[], None] = lambda: None
         self._pending: _Snapshot | None = None
-        self._passes = 0
+        self._passes = self._judged_passes = 0
         self._gain_L = torch.zeros(num_layers, dtype=torch.float64)
         self._evidence_L = torch.zeros_like(self._gain_L)
+        self._launched = 0.0  # neurons that could have travelled meanwhile
         self._judged_LX = torch.zeros(cache.counters_LX.shape, dtype=torch.int64)
         self._tell()
+
+    @property
+    def num_off(self) -> int:
+        """How many layers are off."""
+        return len(self.least_L) if self.is_off else len(self.layers_off)
 
     @property
     def allowance(self) -> int:
@@ -114,7 +126,11 @@ class Review:
     def reset(self) -> None:
         """The cache's counters have been zeroed: judge all layers anew; what is measured stays."""
         self.layers_off.clear()
-        self._pending, self._passes = None, 0
+        self._pending, self._passes, self._judged_passes = None, 0, 0
+        if self.is_off:
+            self.is_off = False
+            self.on_change()
+        self._launched = 0.0
         for tensor in (self._gain_L, self._evidence_L, self._judged_LX):
             tensor.zero_()
         self._tell()
@@ -158,6 +174,27 @@ class Review:
         if snapshot.clock_X is not None:
             self._measure(snapshot.clock_X.tolist())
         self._tell()
+        self._judge_all()
+
+    def _judge_all(self) -> None:
+        """Whether what all layers gain pays for the launches, which no window can hide."""
+        num_passes, self._judged_passes = self._passes - self._judged_passes, self._passes
+        launched = num_passes * len(self.least_L) * self._options.launch_s * self._neurons_per_s
+        self._launched = 0.5 * self._launched + launched
+        gained_L = self._gain_L.clone()
+        gained_L[sorted(self.layers_off)] = 0
+        gained = float(gained_L.sum())
+        if self.is_off or self._passes < 2 * self._options.review_tokens:
+            return
+        if gained < self._launched:
+            self.is_off = True
+            logger.warning(
+                "Prefetching gains %.0f neurons of late, and its launches take as long as %.0f: it "
+                "is off",
+                gained,
+                self._launched,
+            )
+            self.on_change()
 
     def _measure(self, clock_X: list[int]) -> None:
         from runtime.kernels import clock

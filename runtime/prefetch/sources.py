@@ -56,14 +56,18 @@ class TokenForecast:
         next_LE: float32, calibrated probabilities that a token uses each expert. Read when asked,
             and updated in place by whoever owns it. They are means over the rows of a batch, which
             are taken to be independent: any of T tokens needs an expert with 1 - (1 - p)^T.
+        known_from: The first `Now.layer` at which they are of the token at hand: 0 where whoever
+            owns them hears of a pass when layer 0 has routed.
     """
 
-    def __init__(self, next_LE: Tensor) -> None:
-        self._next_LE = next_LE
+    def __init__(self, next_LE: Tensor, *, known_from: int = -1) -> None:
+        self.next_LE, self._known_from = next_LE, known_from
 
-    def next_HE(self, layers: range, now: Now) -> Tensor:
+    def next_HE(self, layers: range, now: Now) -> Tensor | None:
         """As `Source.next_HE`, for every layer."""
-        next_HE = self._next_LE[layers.start : layers.stop]
+        if now.layer < self._known_from:
+            return None
+        next_HE = self.next_LE[layers.start : layers.stop]
         return next_HE if now.num_tokens == 1 else any_of(next_HE, now.num_tokens)
 
 
@@ -74,9 +78,9 @@ class NextRouters:
     says are no probabilities of use, but what is nearest to them without calibration, as there:
     K times the router's probability, at most 1. An expert that any token needs is needed.
 
-    `runtime.engine.attach` prefetches nothing between layers, so nothing is served with it: it is
-    for who builds a `GpuExperts` with ``prefetch_by``. It needs no fit; tests see by it that a
-    whole model which is fetched for says the same.
+    `runtime.engine.attach` goes by the served predictor's forecasts, so nothing is served with it:
+    it is for who builds a `GpuExperts` with ``prefetch_by``. It needs no fit; tests see by it that
+    a whole model which is fetched for says the same.
 
     Args:
         routers: Of the model that is served.

@@ -50,6 +50,16 @@ def test_a_longer_context_and_more_requests_leave_fewer_slots() -> None:
     assert plan_memory(counted(batch=2), budget).slots < 8
 
 
+def test_what_comes_ahead_of_its_use_takes_slots_but_none_of_what_is_resident_anyway() -> None:
+    model = counted()
+    budget = plan_memory(model, None, slots=8).total_bytes
+    plan = plan_memory(model, budget, prefetch_bytes=3 * model.layout.record_bytes)
+    assert plan.slots < 8
+    assert plan.total_bytes <= budget
+    whole = plan_memory(model, 1 << 40, prefetch_bytes=3 * model.layout.record_bytes)
+    assert whole.prefetch_bytes == 0
+
+
 def test_a_gpu_that_is_nearly_full_says_both_numbers() -> None:
     model = counted()
     budget = plan_memory(model, None, slots=8).total_bytes

@@ -110,3 +110,29 @@ def test_what_lands_displaces_nothing_and_may_be_less_sure() -> None:
     _, review = review_of(options={"into": "landing", "waste_cost": 0.25}, max_neurons=64)
     assert review.least_L.tolist() == pytest.approx([0.2] * 2)
     assert review.allowance_2.tolist() == [64, 64]
+
+
+def test_what_gains_less_than_its_launches_take_is_off_as_a_whole(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    changed = []
+    cache, review = review_of(options={"launch_s": 1e-3})  # 128 neurons, in each of 2 layers
+    review.on_change = lambda: changed.append(review.is_off)
+
+    def serve_four(used_neurons: int) -> None:
+        for _ in range(4):
+            count(cache, 0, used_neurons=used_neurons)
+            review.after_pass()
+        review.look_now()
+
+    serve_four(300)
+    assert (review.is_off, review.num_off) == (False, 0)
+    for _ in range(4):
+        serve_four(200)
+    assert (review.is_off, review.num_off, changed) == (True, 2, [True])
+    assert caplog.text.count("its launches take as long") == 1
+    serve_four(0)
+    assert changed == [True], "said once"
+    cache.reset()
+    review.reset()
+    assert (review.is_off, review.num_off, changed) == (False, 0, [True, False])
