@@ -207,6 +207,36 @@ def test_a_step_with_a_predictor_in_it_never_waits_either(loaded: Loaded) -> Non
         assert not offload.stats().predictor_failed
 
 
+def test_prefetching_changes_no_bit_and_brings_something(loaded: Loaded) -> None:
+    model = loaded.model.to(torch.bfloat16)
+    predictor, ids_BT = untrained_forecaster(spec_of(model)), ids_of(loaded)
+    logits, stats = [], []
+    for prefetch in (False, True):
+        with attach(
+            model,
+            slots=8,
+            device="cuda",
+            policy="forecast",
+            predictor=predictor,
+            prefetch=prefetch,
+        ) as offload:
+            said = model.generate(
+                ids_BT.to(model.device),
+                max_new_tokens=NEW_TOKENS,
+                min_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            logits.append(torch.stack(said.logits).cpu())
+            stats.append(offload.stats())
+    assert torch.equal(*logits)
+    assert stats[0].prefetched_bytes == 0 < stats[1].prefetched_bytes
+    assert stats[1].graph_replays > 0
+    moved = [one.miss_bytes + one.prefetched_bytes - one.wasted_bytes for one in stats]
+    assert moved[0] == pytest.approx(moved[1], rel=0.01), "who is resident is the policy's matter"
+
+
 def test_a_search_of_200_ms_delays_no_token(loaded: Loaded) -> None:
     predictor = made(OnTheHost, loaded.model)
     assert isinstance(predictor, OnTheHost)
