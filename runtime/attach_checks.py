@@ -18,6 +18,7 @@ from predictors.base import Predictor
 from runtime.budget import check_slots, slots_for_bytes
 from runtime.policies.base import Policy
 from runtime.sizes import parse_bytes
+from runtime.slot_split import SlotSplit
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,14 @@ def check_scores(scores_LE: Tensor, spec: MoESpec) -> None:
             f"scores of shape {list(scores_LE.shape)}: must be numbers, "
             f"[{spec.num_layers}, {spec.num_experts}]"
         )
+
+
+def check_split(split: SlotSplit, *, device: torch.device, slots: object) -> None:
+    """ValueError unless slots are split where they can be, and not told in two ways."""
+    if device.type == "cpu":
+        raise ValueError("split: only slots on a GPU can be, leave it out on a CPU")
+    if slots is not None:
+        raise ValueError(f"slots={slots} and split={split}: give one of them")
 
 
 def check_gpu_options(device: torch.device, *, store_dir: object, record_events: bool) -> None:

@@ -30,6 +30,7 @@ from runtime.attach_checks import (
     check_mode,
     check_model,
     check_spec,
+    check_split,
     slots_per_layer,
 )
 from runtime.backend import Backend, CpuBackend
@@ -41,6 +42,7 @@ from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.prefetch.served import Prefetch, landing_bytes, source_for
 from runtime.sizes import parse_bytes
+from runtime.slot_split import SlotSplit
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ def attach(
     policy: str | Policy = "lru",
     slots: int | Sequence[int] | None = None,
     budget_bytes: int | str | None = None,
+    split: SlotSplit | None = None,
     predictor: Predictor | None = None,
     device: torch.device | str | None = None,
     store_dir: Path | str | None = None,
@@ -80,6 +83,9 @@ def attach(
         budget_bytes: Instead of ``slots``: memory such as "12GiB". On a CPU that of all slots; on a
             GPU that of everything: other weights, KV cache, activations, workspace, what a
             predictor takes there, and slots.
+        split: Only for a GPU, instead of ``slots``: keep the tops of experts, some neurons of each,
+            in slots that may differ from layer to layer (`runtime.slot_split`). Outputs are the
+            same bits. With ``budget_bytes`` it is refused if it does not fit.
         predictor: A fitted predictor for this model; what policies that read forecasts read. On a
             GPU it runs inside the graph if it can (`Predictor.graph_module`), or else on a thread
             that no forward pass waits for. If it fails it is switched off, and policy "lfru" goes
@@ -126,6 +132,8 @@ def attach(
         check_spec(predictor, spec)
     check_mode(mode, device=target, spec=spec, predictor=predictor, scores_LE=resident_scores_LE)
     source = source_for(prefetch, policy, predictor, spec, target)
+    if split is not None:
+        check_split(split, device=target, slots=slots)
     generates = getattr(model, "generation_config", None) is not None
     if target.type == "cpu":
         if compile_layers:
@@ -171,17 +179,18 @@ def attach(
                 predictor_bytes=forecast_bytes,
                 prefetch_bytes=0 if source is None else landing_bytes(layers),
                 context_tokens=context_tokens,
+                split=split,
             )
             planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
             if trial_tokens is None:
                 trial_tokens = min(CHUNK_TOKENS, context_tokens - 1)
             budget_bytes = None
-        num_slots = slots_per_layer(spec, slots, budget_bytes)
+        num_slots = split.slots if split else slots_per_layer(spec, slots, budget_bytes)
         backend = experts = GpuExperts.build(
             model=model,
             layers=layers,
             spec=spec,
-            slots=num_slots,
+            slots=split or num_slots,
             policy=policy,
             device=target,
             cpu_lane=cpu_lane,

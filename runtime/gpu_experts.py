@@ -14,7 +14,7 @@ C slots · P elements of a record · S staging buffers.
 
 import logging
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,22 @@ from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
 from runtime.backend import OffloadStats
 from runtime.cache import Event
-from runtime.device_cache import COUNTERS, DeviceCache, SlotMemory
-from runtime.expert_layout import ExpertLayout
+from runtime.device_cache import COUNTERS, DeviceCache
 from runtime.expert_view import ExpertView
 from runtime.gpu_lane import GpuLane, LaneMode
 from runtime.gpu_memory import STAGING_BUFFERS
-from runtime.kernels.activation import Activation
+from runtime.kernels.activation import activations_of
 from runtime.kernels.experts import expert_step
 from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
+from runtime.pass_hooks import watch_passes
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
 from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.prefetcher import Prefetcher
 from runtime.prefetch.sources import Now, Source
 from runtime.prefill import PrefillExecutor, PrefillStats
+from runtime.slot_pool import SlotPool
+from runtime.slot_split import SlotSplit
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class GpuExperts:
     Args:
         layers: All MoE layers of the model.
         spec: The model's MoE.
-        slots: C of each layer.
+        slots: C of each layer, of whole experts; or how they are split.
         policy: What to keep.
         store: The experts.
         staging_buffers: Of `runtime.prefill`; none where every expert has a slot.
@@ -57,6 +59,7 @@ class GpuExperts:
         prefetch: How.
 
     Attributes:
+        split: How slots are cut now.
         cache: The books, on the device.
         device: Where they are.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
@@ -65,7 +68,7 @@ class GpuExperts:
             resident, and the device can read it at home.
 
     Raises:
-        ValueError: The kernels cannot compute these experts.
+        ValueError: The kernels cannot compute these experts, or slots cannot be so.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class GpuExperts:
         *,
         layers: Sequence[MoELayer],
         spec: MoESpec,
-        slots: Sequence[int],
+        slots: Sequence[int] | SlotSplit,
         policy: Policy,
         store: PinnedStore,
         staging_buffers: int = STAGING_BUFFERS,
@@ -82,58 +85,21 @@ class GpuExperts:
         prefetch: PrefetchOptions | None = None,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
-        self._activations = check_experts(layers)
+        self._activations = activations_of(layers)
         layout, device = store.layout, store.device
-        options = prefetch or PrefetchOptions()
-        self._slots_LCP = [
-            torch.empty(count, layout.record_elements, dtype=layout.dtype, device=device)
-            for count in slots
-        ]
-        self.cache = DeviceCache(
-            policy,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            num_neurons=layout.expert_intermediate_size,
-            memory=[
-                SlotMemory(
-                    base_address=slots_CP.data_ptr(),
-                    slot_bytes=layout.record_bytes,
-                    num_slots=len(slots_CP),
-                    slot_neurons=layout.expert_intermediate_size,
-                )
-                for slots_CP in self._slots_LCP
-            ],
-            home_address_LE=store.address_LE,
-            max_tokens=MAX_TOKENS,
+        self.split = slots if isinstance(slots, SlotSplit) else SlotSplit.whole(slots, layout)
+        self.split.check(spec, layout)
+        self._pool = SlotPool(self.split, layout, device)
+        holds_all = self.split.holds_all(spec, layout)
+        self._staging_SP = torch.empty(
+            0 if holds_all else staging_buffers,
+            layout.record_elements,
+            dtype=layout.dtype,
             device=device,
-            with_prefetch=prefetch_by is not None and options.into == "slots",
         )
-        self.prefetcher: Prefetcher | None = None
-        if prefetch_by is not None and store.is_pinned and min(slots) < spec.num_experts:
-            self.prefetcher = Prefetcher(
-                self.cache, store=store, source=prefetch_by, options=options
-            )
-        self._has_begun = False
-        self._hooks: list[RemovableHandle] = []
-        self._prefill = PrefillExecutor(
-            home=store,
-            layout=layout,
-            experts=[moe.experts for moe in layers],
-            slots_LCP=self._slots_LCP,
-            cache=self.cache.cache,
-            staging_SP=torch.empty(
-                0 if min(slots) == spec.num_experts else staging_buffers,
-                layout.record_elements,
-                dtype=layout.dtype,
-                device=device,
-            ),
-            present_LE=self.cache.present_LE,
-        )
-        self.later_use_LE = (
-            self.cache.keep_LE
-            if policy.scores_are_forecasts
-            else torch.zeros(spec.num_layers, spec.num_experts, device=device)
-        )
+        self._prefetch_by = prefetch_by if store.is_pinned and not holds_all else None
+        self._prefetch = prefetch or PrefetchOptions()
+        self._divide(self.split, policy)
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
         self.device: torch.device | None = device
@@ -144,11 +110,49 @@ class GpuExperts:
             activations=self._activations,
             top_k=spec.top_k,
             max_tokens=MAX_TOKENS,
-            scratch=self._slots_LCP[0],
+            scratch=self._slots_LCP[0] if holds_all else self._staging_SP[0],
         )
+        self._hooks: list[RemovableHandle] = []
         self._model: nn.Module | None = None
         self._home = device
         self._last_stats: OffloadStats | None = None
+
+    def _divide(self, split: SlotSplit, policy: Policy) -> None:
+        """Cut the slots, and make everything that knows where they are."""
+        spec, store, layout = self._spec, self._store, self._store.layout
+        self.split, self._slots_LCP = split, self._pool.cut(split)
+        into_slots = self._prefetch_by is not None and self._prefetch.into == "slots"
+        self.cache = DeviceCache(
+            policy,
+            num_experts=spec.num_experts,
+            top_k=spec.top_k,
+            num_neurons=layout.expert_intermediate_size,
+            memory=self._pool.memory(split),
+            home_address_LE=store.address_LE,
+            max_tokens=MAX_TOKENS,
+            device=store.device,
+            with_prefetch=into_slots,
+        )
+        self.prefetcher: Prefetcher | None = None
+        if self._prefetch_by is not None:
+            self.prefetcher = Prefetcher(
+                self.cache, store=store, source=self._prefetch_by, options=self._prefetch
+            )
+        self._has_begun = False
+        self._prefill = PrefillExecutor(
+            home=store,
+            layout=layout,
+            experts=[moe.experts for moe in self._layers],
+            slots_LCP=self._slots_LCP,
+            cache=self.cache.cache,
+            staging_SP=self._staging_SP,
+            present_LE=self.cache.present_LE,
+        )
+        self.later_use_LE = (
+            self.cache.keep_LE
+            if policy.scores_are_forecasts
+            else torch.zeros(spec.num_layers, spec.num_experts, device=store.device)
+        )
 
     @classmethod
     def build(
@@ -157,7 +161,7 @@ class GpuExperts:
         model: nn.Module,
         layers: Sequence[MoELayer],
         spec: MoESpec,
-        slots: Sequence[int],
+        slots: Sequence[int] | SlotSplit,
         policy: Policy,
         device: torch.device,
         cpu_lane: LaneMode = False,
@@ -172,7 +176,7 @@ class GpuExperts:
         Raises:
             ValueError: The kernels cannot compute these experts; nothing has changed.
         """
-        check_experts(layers)
+        activations_of(layers)
         home = next(expert_parameters(layers[0].experts))[1].device
         store = PinnedStore.take(layers, device)
         try:
@@ -194,7 +198,10 @@ class GpuExperts:
             store.close()
             raise
         backend._model, backend._home = model, home
-        backend._watch(model)
+        if backend.lane is not None or backend.prefetcher is not None:
+            backend._hooks = watch_passes(
+                model, backend, from_embedding=backend.prefetcher is not None
+            )
         return backend
 
     @property
@@ -223,6 +230,12 @@ class GpuExperts:
         if self.prefetcher is not None:
             self.prefetcher.join_decision()
         return self.later_use_LE if layer is None else self.later_use_LE[layer]
+
+    def before_pass(self) -> None:
+        """A forward pass is at hand; the one before might have been broken off."""
+        self._has_begun = False
+        if self.lane is not None:
+            self.lane.begin_pass()
 
     def begin_pass(self, num_tokens: int) -> None:
         """A forward pass begins, and what is expected of it is known: fetch for its first layers.
@@ -326,31 +339,6 @@ class GpuExperts:
         if self.prefetcher is not None:  # which judges by differences of what is counted
             self.prefetcher.review.reset()
 
-    def _watch(self, model: Any) -> None:
-        """Tell `begin_pass` and `after_pass`: the embedding is part of a captured step.
-
-        The model's own hook runs before a replay, too, and before who is given embeddings.
-        """
-
-        def begin(*_: Any) -> None:
-            self._has_begun = False  # a pass might have been broken off
-            if self.lane is not None:
-                self.lane.begin_pass()
-
-        def embed(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-            ids_BT = args[0] if args else next(iter(kwargs.values()))
-            self.begin_pass(ids_BT.numel())
-
-        if self.lane is None and self.prefetcher is None:
-            return
-        self._hooks.append(model.register_forward_pre_hook(begin))
-        if self.prefetcher is not None:
-            embedding = model.get_input_embeddings()
-            self._hooks += [
-                embedding.register_forward_pre_hook(embed, with_kwargs=True),
-                model.register_forward_hook(lambda *_: self.after_pass()),
-            ]
-
     @property
     def _reads_forecasts(self) -> bool:
         return self.cache.policy.foresight != "none"
@@ -370,14 +358,14 @@ class GpuExperts:
         prompts, layout = self._prefill.counters, self._store.layout
         neuron_bytes = layout.record_bytes / layout.expert_intermediate_size
         lane_bytes, lane_on = (0, None) if self.lane is None else self.lane.stats()
-        prompt_misses = int(prompts.misses_L.sum())
         return OffloadStats(
             hits=decode["hits"] + int(prompts.hits_L.sum()),
-            misses=decode["misses"] + prompt_misses,
+            misses=decode["misses"] + int(prompts.misses_L.sum()),
             streamed=decode["streamed"] + int(prompts.streamed_L.sum()),
             evictions=decode["evictions"] + int(prompts.evictions_L.sum()),
             miss_bytes=round(decode["missed_neurons"] * neuron_bytes)
-            + prompt_misses * layout.record_bytes,
+            + self.prefill_stats.link_bytes
+            - self.prefill_stats.wasted_bytes,
             stall_s=0.0,
             is_pinned=self._store.is_pinned,
             cpu_lane_bytes=lane_bytes,
@@ -409,6 +397,7 @@ class GpuExperts:
             hook.remove()
         self._slots_LCP.clear()
         del self._prefill, self.cache, self._workspace, self.prefetcher
+        del self._pool, self._staging_SP
         try:
             for moe in self._layers:
                 self._store.give_back(moe, self._home)
@@ -420,22 +409,3 @@ class GpuExperts:
                 "again"
             ) from error
         self._store.close()
-
-
-def check_experts(layers: Sequence[MoELayer]) -> list[Activation]:
-    """The activation of each layer's experts.
-
-    Raises:
-        ValueError: The kernels cannot compute these experts, or not in this dtype.
-    """
-    activations = []
-    for moe in layers:
-        experts: Any = moe.experts
-        ExpertLayout.of(experts)
-        if getattr(experts, "has_post_expert_norm", False):
-            raise ValueError(
-                f"{type(experts).__name__} normalises what each expert says: its experts cannot be "
-                "computed by the kernels"
-            )
-        activations.append(Activation.of(experts))
-    return activations

@@ -21,6 +21,7 @@ from data.schema import MoESpec
 from runtime.expert_layout import ExpertLayout
 from runtime.footprint import Footprint, footprint
 from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
+from runtime.slot_split import SlotSplit
 
 CONTEXT_TOKENS = 4096
 CHUNK_TOKENS = 1024
@@ -149,13 +150,17 @@ def plan_memory(
         else:
             fitting = (budget_bytes - none.fixed_bytes) // none.slot_bytes
             plan = planned(min(fitting, spec.num_experts - 1), staging_buffers)
+    _check_room(budget_bytes, free_bytes, least_bytes)
+    return plan
+
+
+def _check_room(budget_bytes: int, free_bytes: int | None, least_bytes: int) -> None:
     if free_bytes is not None and budget_bytes > free_bytes:
         raise ValueError(
             f"budget_bytes={budget_bytes} ({_gib(budget_bytes)}), but the device has only "
             f"{free_bytes} bytes ({_gib(free_bytes)}) free: free some of it, or lower the budget; "
             f"the smallest possible is {least_bytes} ({_gib(least_bytes)})"
         )
-    return plan
 
 
 def gpu_slots_for_bytes(
@@ -168,7 +173,8 @@ def gpu_slots_for_bytes(
     predictor_bytes: int = 0,
     prefetch_bytes: int = 0,
     context_tokens: int = CONTEXT_TOKENS,
-) -> int:
+    split: SlotSplit | None = None,
+) -> int | None:
     """Slots per layer for a budget of everything on the GPU.
 
     Args:
@@ -180,23 +186,54 @@ def gpu_slots_for_bytes(
         predictor_bytes: What a predictor takes there.
         prefetch_bytes: What prefetching does.
         context_tokens: Positions of the one KV cache.
+        split: Only see whether slots that are split so fit; returns None.
+
+    Raises:
+        ValueError: They do not, or the budget cannot be. Says the smallest possible one.
     """
-    layout = ExpertLayout.of(layers[0].experts)
-    kind: Any = type(model)
-    with torch.device("meta"):
-        likeness = kind._from_config(copy.deepcopy(model.config), dtype=layout.dtype)
-    free_bytes = None
-    home = next(layers[0].experts.parameters()).device
-    if device is not None and device.type == "cuda" and home.type != "cuda":
-        free_bytes = free_bytes_of(device)
-    counted = footprint(likeness, context=context_tokens, batch=1, chunk_tokens=CHUNK_TOKENS)
-    return plan_memory(
+    counted = _counted(model, layers, context_tokens)
+    free_bytes = _room_bytes(layers, device)
+    if split is None:
+        return plan_memory(
+            counted,
+            budget_bytes,
+            free_bytes=free_bytes,
+            predictor_bytes=predictor_bytes,
+            prefetch_bytes=prefetch_bytes,
+        ).slots
+    fixed_bytes = plan_memory(
         counted,
-        budget_bytes,
-        free_bytes=free_bytes,
+        None,
+        slots=spec.top_k,
         predictor_bytes=predictor_bytes,
         prefetch_bytes=prefetch_bytes,
-    ).slots
+    ).fixed_bytes
+    least_bytes = fixed_bytes + split.num_bytes(counted.layout)
+    if least_bytes > budget_bytes:
+        raise ValueError(
+            f"budget_bytes={budget_bytes}: {split.describe(counted.layout)} need at least "
+            f"{least_bytes} bytes ({_gib(least_bytes)}), {_gib(fixed_bytes)} beside the slots"
+        )
+    _check_room(budget_bytes, free_bytes, least_bytes)
+    return None
+
+
+def _counted(model: nn.Module, layers: Sequence[MoELayer], context_tokens: int) -> Footprint:
+    """What a model as it is loaded will take, from its configuration, class and dtype."""
+    kind: Any = type(model)
+    with torch.device("meta"):
+        likeness = kind._from_config(
+            copy.deepcopy(model.config), dtype=ExpertLayout.of(layers[0].experts).dtype
+        )
+    return footprint(likeness, context=context_tokens, batch=1, chunk_tokens=CHUNK_TOKENS)
+
+
+def _room_bytes(layers: Sequence[MoELayer], device: torch.device | None) -> int | None:
+    """What ``device`` has left for a model that is not there yet; None if it is, or not known."""
+    home = next(layers[0].experts.parameters()).device
+    if device is None or device.type != "cuda" or home.type == "cuda":
+        return None
+    return free_bytes_of(device)
 
 
 def context_of(model: nn.Module, wanted: int | None = None) -> int:

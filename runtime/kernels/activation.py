@@ -7,12 +7,16 @@ numbers.
 Shape letters: N numbers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from data.adapters import MoELayer
+from runtime.expert_layout import ExpertLayout
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "clamped")
 """Applied to the gate and multiplied by up; where experts have no gate, applied to up."""
@@ -80,3 +84,22 @@ def _of_module(experts: Any, gate_N: Tensor, up_N: Tensor) -> Tensor:
     else:
         joined = torch.stack([gate_N, up_N], -1).flatten()
     return experts._apply_gate(joined[None])[0].float().cpu()  # type: ignore[no-any-return]
+
+
+def activations_of(layers: Sequence[MoELayer]) -> list[Activation]:
+    """The activation of each layer's experts.
+
+    Raises:
+        ValueError: The kernels cannot compute these experts, or not in this dtype.
+    """
+    activations = []
+    for moe in layers:
+        experts: Any = moe.experts
+        ExpertLayout.of(experts)
+        if getattr(experts, "has_post_expert_norm", False):
+            raise ValueError(
+                f"{type(experts).__name__} normalises what each expert says: its experts cannot be "
+                "computed by the kernels"
+            )
+        activations.append(Activation.of(experts))
+    return activations

@@ -14,6 +14,7 @@ from runtime.backend import Backend, CpuBackend
 from runtime.engine import Offload
 from runtime.gpu_experts import GpuExperts
 from runtime.policies import make_policy
+from runtime.slot_split import SlotSplit
 from tests.devices import KERNEL_DEVICE
 
 SLOTS = 5
@@ -22,7 +23,7 @@ SLOTS = 5
 def attach_kernels(
     model: Any,
     *,
-    slots: int = SLOTS,
+    slots: int | SlotSplit = SLOTS,
     policy: str = "lru",
     predictor: Predictor | None = None,
     graph: bool = False,
@@ -30,16 +31,22 @@ def attach_kernels(
 ) -> Offload:
     """What `attach(model, device="cuda")` does, step by step, with kernels."""
     layers, spec = moe_layers(model), spec_of(model)
+    cut = slots if isinstance(slots, SlotSplit) else (slots,) * spec.num_layers
     backend = GpuExperts.build(
         model=model,
         layers=layers,
         spec=spec,
-        slots=(slots,) * spec.num_layers,
+        slots=cut,
         policy=make_policy(policy),
         device=torch.device(KERNEL_DEVICE),
     )
     return connected(
-        model, backend, slots, predictor=predictor, graph=graph, chunk_tokens=chunk_tokens
+        model,
+        backend,
+        backend.split.slots,
+        predictor=predictor,
+        graph=graph,
+        chunk_tokens=chunk_tokens,
     )
 
 
@@ -62,20 +69,20 @@ def attach_as_device(
         record_events=False,
     )
     backend.device = torch.device("cpu")
-    return connected(model, backend, slots, predictor=predictor, graph=graph)
+    return connected(model, backend, (slots,) * spec.num_layers, predictor=predictor, graph=graph)
 
 
 def connected(
     model: Any,
     backend: Backend,
-    slots: int,
+    slots: tuple[int, ...],
     *,
     predictor: Predictor | None,
     graph: bool,
     chunk_tokens: int | None = None,
 ) -> Offload:
     layers, spec = moe_layers(model), spec_of(model)
-    offload = Offload(layers=layers, spec=spec, slots=(slots,) * spec.num_layers, backend=backend)
+    offload = Offload(layers=layers, spec=spec, slots=slots, backend=backend)
     offload._install()
     if chunk_tokens is not None:
         offload._cut_prompts(model, chunk_tokens)
