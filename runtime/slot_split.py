@@ -56,7 +56,7 @@ class SlotSplit:
         """A plan in whole slots and chunks of neurons, within its memory.
 
         Tops are rounded down to chunks; where that leaves a layer without any, it gets one chunk
-        and fewer slots (and one slot at least, for which the thickest tops, or most slots, give way). What
+        and fewer slots (one at least, for which the thickest tops, or most slots, give way). What
         rounding has left thickens the tops that lost most by it.
 
         Args:
