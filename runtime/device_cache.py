@@ -52,6 +52,16 @@ class Active(NamedTuple):
     present_A: Tensor  # int32, neurons that the slot held before the event
 
 
+class Landed(NamedTuple):
+    """What a prefetch has put beside the slots, for the experts of one layer's next event.
+
+    A record at the address holds what the expert's slot does not, up to the neuron ``until``.
+    """
+
+    address_E: Tensor  # int64
+    until_E: Tensor  # int32, 0 = nothing
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotMemory:
     """Where one layer's slots lie.

@@ -24,10 +24,11 @@ from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
 from runtime.backend import OffloadStats
 from runtime.cache import Event
-from runtime.device_cache import COUNTERS, DeviceCache
+from runtime.device_cache import DeviceCache
 from runtime.expert_view import ExpertView
 from runtime.gpu_lane import GpuLane, LaneMode
 from runtime.gpu_memory import STAGING_BUFFERS
+from runtime.gpu_stats import gpu_stats
 from runtime.kernels.activation import activations_of
 from runtime.kernels.experts import expert_step
 from runtime.kernels.tiles import MAX_TOKENS, workspace_elements
@@ -37,6 +38,7 @@ from runtime.policies.base import Policy
 from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.prefetcher import Prefetcher
 from runtime.prefetch.sources import Now, Source
+from runtime.prefetch.speculative import SpeculativePrefetcher
 from runtime.prefill import PrefillExecutor, PrefillStats
 from runtime.slot_pool import SlotPool
 from runtime.slot_split import SlotSplit
@@ -66,6 +68,7 @@ class GpuExperts:
         later_use_LE: float32, what is expected; `later_use` gives it to write to.
         prefetcher: Where something is prefetched: there is somebody to say what, something is not
             resident, and the device can read it at home.
+        speculative: It instead, where that goes ``beside`` the slots.
 
     Raises:
         ValueError: The kernels cannot compute these experts, or slots cannot be so.
@@ -134,7 +137,12 @@ class GpuExperts:
             with_prefetch=into_slots,
         )
         self.prefetcher: Prefetcher | None = None
-        if self._prefetch_by is not None:
+        self.speculative: SpeculativePrefetcher | None = None
+        if self._prefetch_by is not None and self._prefetch.into == "beside":
+            self.speculative = SpeculativePrefetcher(
+                self.cache, store=store, source=self._prefetch_by, options=self._prefetch
+            )
+        elif self._prefetch_by is not None:
             self.prefetcher = Prefetcher(
                 self.cache, store=store, source=self._prefetch_by, options=self._prefetch
             )
@@ -198,10 +206,9 @@ class GpuExperts:
             store.close()
             raise
         backend._model, backend._home = model, home
-        if backend.lane is not None or backend.prefetcher is not None:
-            backend._hooks = watch_passes(
-                model, backend, from_embedding=backend.prefetcher is not None
-            )
+        fetches = backend.prefetcher or backend.speculative
+        if backend.lane is not None or fetches is not None:
+            backend._hooks = watch_passes(model, backend, from_embedding=fetches is not None)
         return backend
 
     @property
@@ -243,11 +250,14 @@ class GpuExperts:
         Optional: without it, prefetching begins behind layer 0. To be called inside a captured
         step.
         """
-        if self.prefetcher is not None and self._is_decode(num_tokens):
+        fetches = self.prefetcher or self.speculative
+        if fetches is not None and self._is_decode(num_tokens):
             self._advance()
             self._has_begun = True
-            self.prefetcher.fetch_beside(Now(-1, num_tokens), None)
-            self.prefetcher.fetch_after(Now(-1, num_tokens))
+            now = Now(-1, num_tokens)
+            if self.prefetcher is not None:
+                self.prefetcher.fetch_beside(now, None)
+            fetches.fetch_after(now)
 
     def after_pass(self) -> None:
         """A forward pass has been given to the device; to be called outside a captured step."""
@@ -294,6 +304,7 @@ class GpuExperts:
         num_tokens, prefetcher = len(hidden_TD), self.prefetcher
         ids_TK = topk_expert_ids_TK.long().contiguous()
         active = self.cache.step(layer, ids_TK)
+        landed = None if self.speculative is None else self.speculative.join(layer)
         output_TD = torch.empty(hidden_TD.shape, dtype=hidden_TD.dtype, device=hidden_TD.device)
         hidden_TD = hidden_TD.contiguous()
         now = Now(layer, num_tokens, hidden_TD, ids_TK)
@@ -317,11 +328,12 @@ class GpuExperts:
             workspace=self._workspace,
             output_TD=output_TD,
             lane=lane,
+            landed=landed,
         )
         if self.lane is not None:
             self.lane.complete(layer, slot_neurons, ids_TK.numel())
-        if prefetcher is not None:
-            prefetcher.fetch_after(now)
+        if (fetches := prefetcher or self.speculative) is not None:
+            fetches.fetch_after(now)
         return output_TD
 
     def use_policy(self, policy: Policy) -> Policy:
@@ -354,25 +366,12 @@ class GpuExperts:
         """As `Backend.stats`; waits for the device."""
         if self._last_stats is not None:
             return self._last_stats
-        decode = dict(zip(COUNTERS, self.cache.counters_LX.sum(0).tolist(), strict=True))
-        prompts, layout = self._prefill.counters, self._store.layout
-        neuron_bytes = layout.record_bytes / layout.expert_intermediate_size
-        lane_bytes, lane_on = (0, None) if self.lane is None else self.lane.stats()
-        return OffloadStats(
-            hits=decode["hits"] + int(prompts.hits_L.sum()),
-            misses=decode["misses"] + int(prompts.misses_L.sum()),
-            streamed=decode["streamed"] + int(prompts.streamed_L.sum()),
-            evictions=decode["evictions"] + int(prompts.evictions_L.sum()),
-            miss_bytes=round(decode["missed_neurons"] * neuron_bytes)
-            + self.prefill_stats.link_bytes
-            - self.prefill_stats.wasted_bytes,
-            stall_s=0.0,
-            is_pinned=self._store.is_pinned,
-            cpu_lane_bytes=lane_bytes,
-            cpu_lane_on=lane_on,
-            prefetched_bytes=round(decode["prefetched_neurons"] * neuron_bytes),
-            wasted_bytes=round(decode["wasted_neurons"] * neuron_bytes),
-            prefetch_layers_off=self.prefetcher.review.num_off if self.prefetcher else 0,
+        return gpu_stats(
+            cache=self.cache,
+            prefill=self._prefill,
+            store=self._store,
+            lane=self.lane,
+            prefetcher=self.prefetcher,
         )
 
     def view(self, *, goes_on: bool = True) -> ExpertView:
@@ -396,7 +395,7 @@ class GpuExperts:
         for hook in self._hooks:
             hook.remove()
         self._slots_LCP.clear()
-        del self._prefill, self.cache, self._workspace, self.prefetcher
+        del self._prefill, self.cache, self._workspace, self.prefetcher, self.speculative
         del self._pool, self._staging_SP
         try:
             for moe in self._layers:

@@ -5,7 +5,8 @@ neurons computes gate, up, activation and down. A program does that for one expe
 neurons, and writes what they add to the output; a second kernel sums those in a fixed order. No
 atomics: the same inputs give the same bits, wherever each expert lies.
 
-A chunk is read from the expert's slot as far as the slot has it, else at home. With *write-through*
+A chunk is read from the expert's slot as far as the slot has it, then from where a prefetch has
+landed (`Landed`) as far as that goes, else at home. With *write-through*
 what was read at home is put into the slot in passing, so that a miss crosses the link once and
 computes meanwhile. Misses come first in the active list, and so do their programs.
 
@@ -22,13 +23,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import globaltimer
 
-from runtime.device_cache import Active
+from runtime.device_cache import Active, Landed
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import KINDS, Activation
 from runtime.kernels.gates import activate
 from runtime.kernels.lane import ALL, LEFT_OUT, OURS, LaneEvent, await_answer, end_of_neurons
 from runtime.kernels.one_token import one_token_chunks
+from runtime.kernels.places import address_of
+from runtime.kernels.sums import reduce_partials
 from runtime.kernels.tiles import (
     DEFAULT_TILES,
     MAX_TOKENS,
@@ -66,6 +70,9 @@ def _chunks(
     home_E,
     split_E,
     failed_1,
+    landed_E,
+    until_E,
+    times_AC2,
     partial_NCD,
     num_tokens,
     D,
@@ -85,6 +92,8 @@ def _chunks(
     DOT_DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NEURONS: tl.constexpr,
+    LANDED: tl.constexpr,
+    TIMED: tl.constexpr,
     BF: tl.constexpr,
     BD: tl.constexpr,
 ):
@@ -93,12 +102,18 @@ def _chunks(
     expert = tl.load(expert_A + a)
     stop = end_of_neurons(split_E, failed_1, expert, chunk * BF + BF, F, NEURONS)
     if (a < tl.load(num_active_1)) & (chunk * BF < stop):
+        if TIMED:
+            tl.store(times_AC2 + (a * num_chunks + chunk) * 2, globaltimer())
         slot = tl.load(slot_A + a)
         present = tl.load(present_A + a)
         home = tl.load(home_E + expert)
         first = chunk * BF
-        here = (slot != 0) & (first < present)
-        base = tl.where(here, slot, home).to(tl.pointer_type(DTYPE))
+        rest = home
+        until = 0
+        if LANDED:
+            rest = tl.load(landed_E + expert)
+            until = tl.load(until_E + expert)
+        base = address_of(first, slot, present, rest, until, home).to(tl.pointer_type(DTYPE))
         target = slot.to(tl.pointer_type(DTYPE))
         into_slot = (slot != 0) & (first >= present) & (first < slot_neurons)
         f = first + tl.arange(0, BF)
@@ -170,58 +185,9 @@ def _chunks(
                         at = start + tl.arange(0, 1024)
                         value = tl.load(source + at, mask=at < size)
                         tl.store(target + tail + at, value, mask=at < size)
-
-
-@triton.jit
-def _reduce(
-    partial_NCD,
-    ids_TK,
-    weights_TK,
-    address_E,
-    split_E,
-    failed_1,
-    answer_ND,
-    output_TD,
-    num_experts,
-    D,
-    F,
-    num_chunks,
-    K: tl.constexpr,
-    R: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DTYPE: tl.constexpr,
-    LANE: tl.constexpr,
-    BF: tl.constexpr,
-    BC: tl.constexpr,
-    BD: tl.constexpr,
-):
-    t = tl.program_id(1)
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    total = tl.zeros([BD], tl.float32)
-    for k in tl.static_range(K):
-        expert = tl.load(ids_TK + t * K + k)
-        if expert < num_experts:
-            added = tl.zeros([BC, BD], tl.float32)
-            entry = (t * K + k).to(tl.int64) * num_chunks
-            num_ours = num_chunks
-            if LANE:
-                split = tl.where(tl.load(failed_1) == 1, F, tl.load(split_E + expert))
-                num_ours = tl.cdiv(split, BF)
-            for start in range(0, num_chunks, BC):
-                c = start + tl.arange(0, BC)
-                inside = (c[:, None] < num_ours) & (d[None, :] < D)
-                at = (entry + c[:, None]) * D + d[None, :]
-                added += tl.load(partial_NCD + at, mask=inside, other=0.0)
-            value = tl.sum(added, 0)
-            if LANE:
-                theirs = answer_ND + (t * K + k).to(tl.int64) * D + d
-                value += tl.load(theirs, mask=(d < D) & (split < F), other=0.0, volatile=True)
-            if HAS_BIAS:
-                record = tl.load(address_E + expert).to(tl.pointer_type(DTYPE))
-                bias = record + F.to(tl.int64) * (R * D) + F * (R - 1) + d
-                value += tl.load(bias, mask=d < D, other=0.0).to(tl.float32)
-            total += value * tl.load(weights_TK + t * K + k).to(tl.float32)
-    tl.store(output_TD + t * D + d, total.to(output_TD.dtype.element_ty), mask=d < D)
+        if TIMED:
+            tl.debug_barrier()  # until its last warp is done
+            tl.store(times_AC2 + (a * num_chunks + chunk) * 2 + 1, globaltimer())
 
 
 def expert_step(
@@ -241,6 +207,8 @@ def expert_step(
     tiles: Tiles = DEFAULT_TILES,
     stream: Stream | None = None,
     lane: LaneEvent | None = None,
+    landed: Landed | None = None,
+    times_AC2: Tensor | None = None,
 ) -> None:
     """Compute a layer's routed experts for T tokens, the weighted sum of each token's.
 
@@ -263,6 +231,9 @@ def expert_step(
         tiles: How the work is cut for several tokens.
         stream: For one; None takes `stream_for` the layout.
         lane: Leave to the host what `runtime.kernels.lane.post_request` has asked it for.
+        landed: What lies beside the slots, of the experts of this layer.
+        times_AC2: int64, when each chunk of each active expert was begun and done, nanoseconds of
+            the device's clock; written where given, only on a GPU.
 
     Raises:
         ValueError: Too many tokens, a tensor that is not contiguous, or too small a workspace.
@@ -295,6 +266,9 @@ def expert_step(
         home_address_E,
         split_E,
         failed_1,
+        home_address_E if landed is None else landed.address_E,
+        active.expert_A if landed is None else landed.until_E,
+        workspace if times_AC2 is None else times_AC2,
         workspace,
     )
     gate = (activation.alpha, activation.limit)
@@ -306,6 +280,8 @@ def expert_step(
         "KIND": KINDS.index(activation.kind),
         "DTYPE": dtype,
         "ALIGNED": D * layout.dtype.itemsize % 16 == 0,
+        "LANDED": landed is not None,
+        "TIMED": times_AC2 is not None,
     }
     for neurons in (ALL,) if lane is None else (OURS, LEFT_OUT):
         if lane is not None and neurons == LEFT_OUT:
@@ -348,7 +324,7 @@ def expert_step(
             )
     # A slot that holds a part only has no biases: they are read at home.
     is_whole = slot_neurons == F and write_through and lane is None
-    _reduce[(triton.cdiv(D, _REDUCED_COLUMNS), T)](
+    reduce_partials[(triton.cdiv(D, _REDUCED_COLUMNS), T)](
         workspace,
         topk_expert_ids_TK,
         topk_weights_TK,

@@ -11,9 +11,11 @@ neuron · A active experts · C chunks of neurons.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from runtime.kernels.gates import activate
 from runtime.kernels.lane import end_of_neurons
+from runtime.kernels.places import address_of
 
 
 @triton.jit
@@ -44,6 +46,9 @@ def one_token_chunks(
     home_E,
     split_E,
     failed_1,
+    landed_E,
+    until_E,
+    times_AC2,
     partial_KCD,
     D,
     F,
@@ -60,6 +65,8 @@ def one_token_chunks(
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     NEURONS: tl.constexpr,
+    LANDED: tl.constexpr,
+    TIMED: tl.constexpr,
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     D_BLOCK: tl.constexpr,
@@ -73,9 +80,16 @@ def one_token_chunks(
     expert = tl.load(expert_A + a)
     stop = end_of_neurons(split_E, failed_1, expert, chunk * CHUNK + CHUNK, F, NEURONS)
     if (a < tl.load(num_active_1)) & (chunk * CHUNK < stop):
+        if TIMED:
+            tl.store(times_AC2 + (a * num_chunks + chunk) * 2, globaltimer())
         slot = tl.load(slot_A + a)
         present = tl.load(present_A + a)
         home = tl.load(home_E + expert)
+        rest = home
+        until = 0
+        if LANDED:
+            rest = tl.load(landed_E + expert)
+            until = tl.load(until_E + expert)
         has_slot = slot != 0
         k = tl.arange(0, K_BLOCK)
         ids = tl.load(ids_K + k, mask=k < K, other=-1)
@@ -89,7 +103,7 @@ def one_token_chunks(
         first = chunk * CHUNK
         f = first + tl.arange(0, STEP)
         inside = (f < stop)[:, None] & d_inside[None, :]
-        base = tl.where(has_slot & (first < present), slot, home).to(tl.pointer_type(DTYPE))
+        base = address_of(first, slot, present, rest, until, home).to(tl.pointer_type(DTYPE))
         w_gate = _neurons(base, f, d, inside, D, 0, R, ALIGNED)
         w_up = _neurons(base, f, d, inside, D, R - 2, R, ALIGNED)
         w_down = _neurons(base, f, d, inside, D, R - 1, R, ALIGNED)
@@ -100,7 +114,7 @@ def one_token_chunks(
             f_next = after + tl.arange(0, STEP)
             left = (f_next < stop) & (after < first + CHUNK)
             inside_next = left[:, None] & d_inside[None, :]
-            base = tl.where(has_slot & (after < present), slot, home).to(tl.pointer_type(DTYPE))
+            base = address_of(after, slot, present, rest, until, home).to(tl.pointer_type(DTYPE))
             gate_next = _neurons(base, f_next, d, inside_next, D, 0, R, ALIGNED)
             up_next = _neurons(base, f_next, d, inside_next, D, R - 2, R, ALIGNED)
             down_next = _neurons(base, f_next, d, inside_next, D, R - 1, R, ALIGNED)
@@ -141,3 +155,6 @@ def one_token_chunks(
                         at = start + tl.arange(0, 1024)
                         value = tl.load(source + at, mask=at < size)
                         tl.store(target + at, value, mask=at < size)
+        if TIMED:
+            tl.debug_barrier()  # until its last warp is done
+            tl.store(times_AC2 + (a * num_chunks + chunk) * 2 + 1, globaltimer())

@@ -16,7 +16,9 @@ class PrefetchOptions:
     Args:
         into: ``landing`` displaces nothing: a buffer beside the slots takes what the next layers
             are expected to need (`runtime.prefetch.landing`). ``slots`` makes room by the policy's
-            scores, which can pay where windows bring whole experts.
+            scores, which can pay where windows bring whole experts. ``beside`` is MoEpic's buffer
+            for the next layer (`runtime.prefetch.speculative`), the only one that works with slots
+            of tops.
         layers_ahead: How many layers after the one that has computed may be fetched for into slots;
             the nearest takes what it can use of the allowance, and leaves the others the rest.
         landing_layers: How many layers ahead is looked for what lands, the likeliest of all.
@@ -38,7 +40,7 @@ class PrefetchOptions:
         ValueError: A number is out of range.
     """
 
-    into: Literal["landing", "slots"] = "landing"
+    into: Literal["landing", "slots", "beside"] = "landing"
     layers_ahead: int = 2
     landing_layers: int = 12
     max_fetches: int = 4
@@ -55,8 +57,8 @@ class PrefetchOptions:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.into not in ("landing", "slots"):
-            raise ValueError(f"into={self.into}: must be landing or slots")
+        if self.into not in ("landing", "slots", "beside"):
+            raise ValueError(f"into={self.into}: must be landing, slots or beside")
         for name in (
             *("layers_ahead", "landing_layers", "max_fetches", "landing_records"),
             *("programs_per_record", "review_tokens"),

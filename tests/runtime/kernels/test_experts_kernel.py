@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from runtime.device_cache import Active
+from runtime.device_cache import Active, Landed
 from runtime.expert_layout import ExpertLayout
 from runtime.kernels.activation import Activation
 from runtime.kernels.experts import expert_step, expert_step_reference
@@ -80,10 +80,27 @@ class Bed:
         activation: Activation = SILU,
         write_through: bool = True,
         slot_neurons: int | None = None,
+        landed: dict[int, int] | None = None,
     ) -> Tensor:
         T = len(self.hidden_TD)
         active, address_E = self.active(present or {}, slotted or set())
         home_E = torch.tensor([record.data_ptr() for record in self.records_EP])
+        beside = None
+        if landed is not None:  # a second copy; what has landed is not at home any more
+            beside_EP, neuron = (
+                self.records_EP.clone(),
+                self.layout.num_rows * self.layout.hidden_size,
+            )
+            beside = Landed(
+                torch.tensor([record.data_ptr() for record in beside_EP], device=KERNEL_DEVICE),
+                torch.tensor(
+                    [landed.get(e, 0) for e in range(E)], dtype=torch.int32, device=KERNEL_DEVICE
+                ),
+            )
+            for expert, until in landed.items():
+                first = (present or {}).get(expert, 0)
+                self.records_EP[expert, first * neuron : until * neuron] = torch.nan
+                beside_EP[expert, until * neuron :] = torch.nan
         size = workspace_elements(num_tokens=T, top_k=K, layout=self.layout, **CUT)
         output_TD = torch.full_like(self.hidden_TD, torch.nan)
         expert_step(
@@ -99,6 +116,7 @@ class Bed:
             workspace=torch.full((size,), torch.nan, device=KERNEL_DEVICE),
             output_TD=output_TD,
             write_through=write_through,
+            landed=beside,
             **CUT,
         )
         return output_TD
@@ -183,6 +201,29 @@ def test_a_slot_for_tops_gets_tops(num_tokens: int) -> None:
     for expert in bed.needed:
         assert torch.equal(bed.slots_EP[expert, :top], bed.records_EP[expert, :top])
         assert bed.slots_EP[expert, top:].isnan().all(), "nothing is written beyond a slot"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6])
+def test_what_has_landed_is_read_there_and_nowhere_else(num_tokens: int) -> None:
+    """Of an expert without a slot, of one whose top is cached, and of a newcomer."""
+    layout = replace(LAYOUT, has_bias=True)
+    at_home = Bed(layout, num_tokens).run(activation=CLAMPED)
+    bed = Bed(layout, num_tokens)
+    streamed, top, *others = bed.needed
+    landed = {streamed: 128, top: 128} | dict.fromkeys(others, 64)
+    bed.fill(top, 64)
+    before_EP = bed.records_EP.clone()
+    output_TD = bed.run(
+        present={top: 64},
+        slotted={top, *others},
+        activation=CLAMPED,
+        slot_neurons=64,
+        landed=landed,
+    )
+    assert torch.equal(output_TD, at_home)
+    top_elements = 64 * layout.num_rows * layout.hidden_size
+    for expert in (top, *others):
+        assert torch.equal(bed.slots_EP[expert, :top_elements], before_EP[expert, :top_elements])
 
 
 def test_without_write_through_slots_stay_as_they_are() -> None:

@@ -11,6 +11,7 @@ from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.sources import Now
+from runtime.slot_split import SlotSplit
 from tests.devices import KERNEL_DEVICE
 from tests.families import tiny_model
 
@@ -49,7 +50,7 @@ class Scripted:
 
 
 def experts(
-    *, source: Scripted | None, slots: int = 4, policy: str = "lru", prefetch=None
+    *, source: Scripted | None, slots: int | SlotSplit = 4, policy: str = "lru", prefetch=None
 ) -> GpuExperts:
     """3 layers of 8 experts, top-2, of which ``slots`` are resident."""
     model = tiny_model("mixtral", intermediate_size=NEURONS)
@@ -58,7 +59,7 @@ def experts(
     return GpuExperts(
         layers=layers,
         spec=spec,
-        slots=(slots,) * spec.num_layers,
+        slots=slots if isinstance(slots, SlotSplit) else (slots,) * spec.num_layers,
         policy=make_policy(policy),
         store=store,
         prefetch_by=source,

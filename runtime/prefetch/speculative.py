@@ -1,0 +1,140 @@
+"""MoEpic's prefetcher: what is missing of the next layer's likeliest experts, into a buffer.
+
+Once a layer's experts have computed, its successor's are fetched in the order of their predicted
+scores: of an expert whose top is cached the bottom, of any other all of it. That runs beside the
+next layer's attention. When its router has spoken, what came true is read in the buffer
+(`runtime.device_cache.Landed`), tops in their slots meanwhile, and the rest over the link.
+
+Nothing is displaced. As in `runtime.prefetch.prefetcher`, a side stream forks from the main one and
+joins it again within a pass, which is what a CUDA graph asks for; on a CPU all is in order.
+
+Source: MoEpic §3.2. Deviations:
+
+- The paper stops prefetching between two experts when the router speaks. A captured copy cannot be
+  stopped, so what is begun is what fits into the window, as it was measured; the last piece may be
+  a part of what is missing of an expert, in chunks of 64 neurons.
+- What came true of an absent expert goes to its slot in passing, while it is computed with.
+- The paper loads into the same buffer what is missed; here that is read over the link in place.
+- The buffer holds K experts, as in the paper; no piece is begun that would not fit.
+
+Shape letters: L MoE layers · E experts per layer · N pieces · P elements of a record.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from runtime.device_cache import CHUNK_NEURONS, DeviceCache, Landed
+from runtime.device_prefetch import Copies
+from runtime.gpu_lane import link_record_s
+from runtime.kernels.copy import copy_records
+from runtime.kernels.speculate import choose, settle
+from runtime.pinned_store import PinnedStore
+from runtime.prefetch.options import PrefetchOptions, allowance_neurons
+from runtime.prefetch.sources import Now, Source
+
+
+class SpeculativePrefetcher:
+    """Fetches for the next layer, whatever slots hold of its experts.
+
+    Args:
+        cache: The books; its slots may hold tops only.
+        store: The experts at home, page-locked.
+        source: Who says what is likely.
+        options: ``window_s``, ``link_bytes_per_s``, ``share``, ``landing_records`` and
+            ``programs_per_record`` are read.
+
+    Attributes:
+        allowance: Neurons that may come in a window.
+    """
+
+    def __init__(
+        self, cache: DeviceCache, *, store: PinnedStore, source: Source, options: PrefetchOptions
+    ) -> None:
+        layout, num_experts = store.layout, cache.present_LE.shape[1]
+        device = store.device
+        pieces = min(options.landing_records, num_experts)
+
+        def zeros(count: int, dtype: torch.dtype) -> Tensor:
+            return torch.zeros(count, dtype=dtype, device=device)
+
+        self._cache, self._layout, self._source, self._options = cache, layout, source, options
+        self._neuron_bytes = layout.num_rows * layout.hidden_size * layout.dtype.itemsize
+        self._buffer_NP = torch.empty(
+            pieces, layout.record_elements, dtype=layout.dtype, device=device
+        )
+        bytes_per_s = options.link_bytes_per_s or (
+            layout.record_bytes / link_record_s(store, self._buffer_NP[0])
+        )
+        self.allowance = allowance_neurons(
+            window_s=options.window_s,
+            neurons_per_s=bytes_per_s / self._neuron_bytes,
+            share=options.share,
+        )
+        self._landed = Landed(zeros(num_experts, torch.int64), zeros(num_experts, torch.int32))
+        self._portion_E = zeros(num_experts, torch.int32)
+        self._copies = Copies(*(zeros(pieces, torch.int64) for _ in range(3)))
+        self._landed_for = -1  # the layer that the buffer is for
+        self._copied: Any = None
+        self._side: Any = None
+        if device.type == "cuda":
+            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # What the side stream reads of the main one's memory, which would use it again otherwise.
+        self._held: tuple[Now, Tensor | None] | None = None
+
+    def fetch_after(self, now: Now) -> None:
+        """Fetch for the layer after ``now.layer``, whose experts the current stream has been given.
+
+        Args:
+            now: Where the pass is; -1 before layer 0, `DeviceCache.advance` has been.
+        """
+        self._landed_for = -1
+        layer = now.layer + 1
+        if layer == len(self._cache.memory) or not self.allowance:
+            return
+        if self._side is not None:
+            self._side.wait_stream(torch.cuda.current_stream(self._side.device))
+        with torch.cuda.stream(self._side):  # None changes nothing
+            next_E = self._source.next_E(layer, now)
+            if next_E is not None:
+                self._fetch(layer, next_E)
+            if self._side is not None:
+                self._copied = self._side.record_event()
+        self._held = (now, next_E)
+
+    def _fetch(self, layer: int, next_E: Tensor) -> None:
+        choose(
+            next_E=next_E,
+            present_E=self._cache.present_LE[layer],
+            home_E=self._cache.home_address_LE[layer],
+            num_neurons=self._cache.num_neurons,
+            neuron_bytes=self._neuron_bytes,
+            record_bytes=self._layout.record_bytes,
+            chunk_neurons=CHUNK_NEURONS,
+            allowance=self.allowance,
+            buffer_address=self._buffer_NP.data_ptr(),
+            landed=self._landed,
+            portion_E=self._portion_E,
+            source_N=self._copies.source_address_N,
+            target_N=self._copies.target_address_N,
+            num_bytes_N=self._copies.num_bytes_N,
+            counters_X=self._cache.counters_LX[layer],
+        )
+        copy_records(*self._copies, programs_per_record=self._options.programs_per_record)
+        self._landed_for = layer
+
+    def join(self, layer: int) -> Landed | None:
+        """What has landed for a layer whose event the books know; the stream waits for copies."""
+        if self._copied is not None:
+            torch.cuda.current_stream(self._side.device).wait_event(self._copied)
+        is_for, self._landed_for = self._landed_for, -1
+        self._copied = self._held = None
+        if is_for != layer:
+            return None
+        settle(
+            portion_E=self._portion_E,
+            needed_E=self._cache.needed_LE[layer],
+            counters_X=self._cache.counters_LX[layer],
+        )
+        return self._landed
