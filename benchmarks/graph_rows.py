@@ -9,6 +9,7 @@ Shape letters: T tokens · N replayed tokens · L MoE layers · E experts per la
 token · D hidden · P elements of a record.
 """
 
+import statistics
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from runtime.pinned_store import PinnedStore
 from runtime.policies import make_policy
 from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.sources import Now, Source, TokenForecast
+from runtime.slot_split import SlotSplit
 from runtime.static_kv import one_position
 
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
@@ -53,6 +55,9 @@ class OwnRow(Row):
         same_bits: Whether its logits must be the first row's to the bit: not where one of them is
             compiled and the other is not.
         cpu_lane: Let the host compute a part of what is missing.
+        split: Instead of ``slots``: how slots are cut.
+        source: Instead of ``prefetch_by``: somebody else who says what the next layers will need.
+        name: In the table, instead of what follows from the others.
     """
 
     _IMPLEMENTATION = "benchmark-own"
@@ -63,7 +68,7 @@ class OwnRow(Row):
         store: PinnedStore,
         policy: str,
         *,
-        slots: int,
+        slots: int = 0,
         predictor: Predictor | None = None,
         prefetch_by: Prefetching = "none",
         prefetch: PrefetchOptions | None = None,
@@ -71,7 +76,12 @@ class OwnRow(Row):
         compiled: CompiledLayers | None = None,
         same_bits: bool = True,
         cpu_lane: bool = False,
+        split: SlotSplit | None = None,
+        source: Source | None = None,
+        name: str = "",
     ) -> None:
+        self._split = split or SlotSplit.whole((slots,) * testbed.num_layers, testbed.layout)
+        slots = round(statistics.fmean(self._split.slots))
         what = "all resident" if slots == testbed.num_experts else policy
         if predictor is not None:
             what = f"{policy} ({predictor.kind})"
@@ -80,7 +90,7 @@ class OwnRow(Row):
         ]
         how = " + CPU lane" if cpu_lane else ""
         how += ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
-        super().__init__(f"ours, {what}{how}", testbed, slots=slots)
+        super().__init__(name or f"ours, {what}{how}", testbed, slots=slots)
         self.same_bits, self._cpu_lane = same_bits and not cpu_lane, cpu_lane
         self.max_tokens = None if graph else EAGER_TOKENS
         self._store, self._policy, self._with_graph = store, policy, graph
@@ -92,7 +102,7 @@ class OwnRow(Row):
         if predictor is not None:
             self._foresight = Foresight(testbed, predictor)
         self._prefetch = prefetch
-        self._source: Source | None = None
+        self._source = source
         if prefetch_by == "truth":
             self._source = RecordedTruth(testbed)
         elif prefetch_by == "predictor":
@@ -106,7 +116,7 @@ class OwnRow(Row):
         self._experts = GpuExperts(
             layers=bed.layers,
             spec=bed.spec,
-            slots=(self.slots,) * bed.num_layers,
+            slots=self._split,
             policy=make_policy(self._policy),
             store=self._store,
             staging_buffers=1,  # no prompt is read here
@@ -217,7 +227,7 @@ class OwnRow(Row):
         assert self._experts is not None
         bed, cache = self.testbed, self._experts.cache
         cache.reset()
-        if self.slots == bed.num_experts:  # all resident: also what no token has asked for yet
+        if self._split.holds_all(bed.spec, bed.layout):  # also what none has asked for yet
             everyone = torch.arange(bed.num_experts + bed.top_k - 1, device=bed.device)
             padded = everyone.clamp(max=bed.num_experts)  # ids of E are nobody's
             num_events = -(-bed.num_experts // bed.top_k)
@@ -241,11 +251,11 @@ class OwnRow(Row):
                 foresight.on_token()
                 foresight.after_step()
         layer_N, expert_N = (cache.address_LE != cache.home_address_LE).nonzero(as_tuple=True)
-        record_bytes = bed.layout.record_bytes
+        slot_bytes_L = torch.tensor([slots.slot_bytes for slots in cache.memory], device=bed.device)
         copy_records(
-            bed.block_EP.data_ptr() + expert_N * record_bytes,
+            bed.block_EP.data_ptr() + expert_N * bed.layout.record_bytes,
             cache.address_LE[layer_N, expert_N],
-            torch.full_like(expert_N, record_bytes),
+            slot_bytes_L[layer_N],
         )
 
 

@@ -130,3 +130,30 @@ def test_a_cpu_has_no_split_and_slots_are_told_once() -> None:
     with pytest.raises(ValueError, match="layer 0: neurons=320"):
         attach_kernels(model, slots=SlotSplit(slots=(2, 2, 2), neurons=(320, 64, 64)))
     assert not next(moe_layers(model)[0].experts.parameters()).isnan().any(), "left as it was"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_split_changes_no_bit_of_what_is_generated_by_graphs(family: str) -> None:
+    model = model_of(family, torch.bfloat16)
+    ids_BT = torch.tensor([PROMPT])
+
+    def said(**how: Any) -> list[Tensor]:
+        with attach(model, device="cuda", policy="lcp", **how) as offload:
+            for _ in range(3):
+                answer = model.generate(
+                    ids_BT.cuda(),
+                    max_new_tokens=24,
+                    min_new_tokens=24,
+                    do_sample=False,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                )
+            assert offload.stats().graph_replays > 24
+            check_slots_are_records(backend_of(offload))
+        return [logits_BV.cpu() for logits_BV in answer.logits]
+
+    whole = said(slots=8)
+    for name, split in SPLITS.items():
+        for ours, theirs in zip(said(split=split), whole, strict=True):
+            assert torch.equal(ours, theirs), name
