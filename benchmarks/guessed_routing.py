@@ -65,6 +65,7 @@ class ToldScores:
         self._scores_NLE = scores_NLE.to(testbed.device)
         self._position_1 = testbed.forced.position_1
 
-    def next_E(self, layer: int, now: Now) -> Tensor:
-        """As `Source.next_E`."""
-        return self._scores_NLE[:, layer].index_select(0, self._position_1)[0]
+    def next_HE(self, layers: range, now: Now) -> Tensor:
+        """As `Source.next_HE`."""
+        scores_NHE = self._scores_NLE[:, layers.start : layers.stop]
+        return scores_NHE.index_select(0, self._position_1)[0]

@@ -96,12 +96,12 @@ class SpeculativePrefetcher:
         if self._side is not None:
             self._side.wait_stream(torch.cuda.current_stream(self._side.device))
         with torch.cuda.stream(self._side):  # None changes nothing
-            next_E = self._source.next_E(layer, now)
-            if next_E is not None:
-                self._fetch(layer, next_E)
+            next_1E = self._source.next_HE(range(layer, layer + 1), now)
+            if next_1E is not None:
+                self._fetch(layer, next_1E[0])
             if self._side is not None:
                 self._copied = self._side.record_event()
-        self._held = (now, next_E)
+        self._held = (now, next_1E)
 
     def _fetch(self, layer: int, next_E: Tensor) -> None:
         choose(

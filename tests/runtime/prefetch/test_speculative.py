@@ -149,7 +149,7 @@ def test_without_a_window_nothing_comes_and_without_a_word_neither() -> None:
     assert source.asked == []
 
     class Silent(Scripted):
-        def next_E(self, layer, now):
+        def next_HE(self, layers, now):
             return None
 
     silent = experts(source=Silent(3, 8), slots=TOPS, prefetch=beside(neurons=NEURONS))
