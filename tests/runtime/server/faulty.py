@@ -17,13 +17,18 @@ from collections.abc import Callable
 from tests.runtime.server.processes import ROOT
 
 
-def kill(name: str) -> None:
+def kill(thread: threading.Thread) -> None:
     """Raise SystemExit in a thread; one that waits gets it when it wakes up."""
-    (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
     assert thread.ident is not None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(
         ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)
     )
+
+
+def kill_named(name: str) -> None:
+    """`kill` the one thread of this name."""
+    (thread,) = [thread for thread in threading.enumerate() if thread.name == name]
+    kill(thread)
 
 
 def fill(_: str) -> None:
@@ -31,7 +36,7 @@ def fill(_: str) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
 
 
-HARMS: dict[str, Callable[[str], None]] = {"kill": kill, "full": fill}
+HARMS: dict[str, Callable[[str], None]] = {"kill": kill_named, "full": fill}
 
 
 if __name__ == "__main__":

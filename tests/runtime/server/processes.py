@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +20,8 @@ import openai
 ROOT = Path(__file__).resolve().parents[3]
 START_S = 90.0  # a limit for broken code on a busy machine; it takes about 4
 MODEL = "tiny_moe"  # the name under which the embedded model is served
+
+RunClient = Callable[..., str]  # runs an installed program against a server; gives what it prints
 
 _PORT = re.compile(r"Serving on http://127\.0\.0\.1:(\d+)")
 _SET_BY_USERS = ("MOECAST_API_KEY", "PYTHONPATH")
@@ -109,9 +111,17 @@ class ServerProcess:
 
     def metric(self, name: str) -> float:
         """The value of the one sample of this name."""
+        (value,) = self._samples(name)
+        return value
+
+    def total(self, name: str) -> float:
+        """The sum over all labels; 0 where nothing was counted yet."""
+        return sum(self._samples(name))
+
+    def _samples(self, name: str) -> list[float]:
         lines = httpx.get(f"{self.address}/metrics").text.splitlines()
-        (line,) = [line for line in lines if re.match(rf"{re.escape(name)}[{{ ]", line)]
-        return float(line.rsplit(" ", 1)[1])
+        pattern = re.compile(rf"{re.escape(name)}(\{{.*\}})? ")
+        return [float(line.rsplit(" ", 1)[1]) for line in lines if pattern.match(line)]
 
     def _read(self) -> None:
         assert self._process.stdout is not None

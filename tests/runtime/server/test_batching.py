@@ -1,6 +1,5 @@
 """Many sequences in one forward pass: each one's answer is the one that it gets alone."""
 
-import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +19,7 @@ from runtime.server.sampling import SamplingParams
 from runtime.server.sequence import Failure, Piece
 from tests.fakes import ScriptedPredictor
 from tests.runtime.server.fakes import Listener, generate, request, submit_one, wait_until
+from tests.runtime.server.faulty import kill
 
 GREEDY = SamplingParams(temperature=0.0)
 TEXTS = [
@@ -227,8 +227,7 @@ def test_a_killed_thread_tells_those_that_ran_and_serves_those_that_come(
     listener = Listener()
     submit_one(engine, listener, prompt_ids=[20, 30], max_tokens=1500, ignore_eos=True)
     listener.next()
-    thread_id = ctypes.c_ulong(engine._thread.ident or 0)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread_id, ctypes.py_object(SystemExit))
+    kill(engine._thread)
     end = listener.until_end()[-1]
     assert isinstance(end, Failure)
     assert "interrupted: SystemExit" in str(end.error)

@@ -33,6 +33,7 @@ from tests.runtime.server.fakes import (
     submit_one,
     wait_until,
 )
+from tests.runtime.server.faulty import kill
 
 ROOT = Path(__file__).resolve().parents[3]
 GREEDY = SamplingParams(temperature=0.0)
@@ -173,6 +174,23 @@ def test_a_request_that_cannot_be_a_trace_ends_the_recording_and_is_counted(
     assert (len(shelf), recorder.num_recorded, recorder.num_dropped) == (1, 1, 2)
     assert shelf.is_closed
     assert "Recording ends" in caplog.text
+
+
+def test_a_killed_thread_ends_the_recording_and_every_request_is_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shelf = Shelf()
+    recorder = TrafficRecorder(shelf)
+    recorder.add(routed("that waits for others"))
+    wait_until(lambda: len(recorder._shard) == 1)
+    kill(recorder._thread)
+    recorder.add(routed("that wakes the thread"))
+    wait_until(lambda: not recorder.is_active)
+    recorder.add(routed("too late"))
+    recorder.close()
+    assert (len(shelf), recorder.num_recorded, recorder.num_dropped) == (0, 0, 3)
+    assert shelf.is_closed
+    assert "Recording ends: its thread was broken off" in caplog.text
 
 
 def test_captured_steps_wait_for_the_end_of_the_recording_and_that_is_told(

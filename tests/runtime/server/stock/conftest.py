@@ -2,17 +2,15 @@
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.runtime.server.processes import ROOT, ServerProcess, bare_environment
+from tests.runtime.server.processes import ROOT, RunClient, ServerProcess, bare_environment
 
 CLIENTS = ROOT / ".venv" / "clients"
 RUN_S = 120.0  # a limit for broken code on a busy machine; each takes about 10
-
-RunClient = Callable[..., str]
 
 
 @pytest.fixture(scope="package")

@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from data.tiny_moe import TINY_MOE_DIR
-from tests.runtime.server.processes import ServerProcess
-from tests.runtime.server.stock.conftest import RunClient
+from tests.runtime.server.processes import RunClient, ServerProcess
 
 PROMPTS = ["The weather in", "def add(a, b):", "Dear customer", "1 + 1 =", "Once upon", "In law"]
 NUM_REQUESTS, NUM_TOKENS = 24, 8

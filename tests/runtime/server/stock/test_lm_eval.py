@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from data.tiny_moe import TINY_MOE_DIR
-from tests.runtime.server.processes import MODEL, ServerProcess
-from tests.runtime.server.stock.conftest import RunClient
+from tests.runtime.server.processes import MODEL, RunClient, ServerProcess
 
 TASKS = Path(__file__).parent / "tasks"
 ROUNDING = 1e-3  # of a sum of logarithms: other shapes are added up in another order
