@@ -65,6 +65,7 @@ def create_app(
     app.include_router(dashboard_routes(live))
     app.include_router(docs_routes(lambda: app.openapi()))
     app.state.end_streams = live.close  # what has no end by itself, before a shutdown waits for it
+    app.state.end_answers = engine.stop  # and what has, once that takes too long
     open_paths = frozenset({"/health", PAGE_PATH, *(["/metrics"] if options.open_metrics else [])})
     # The one added last is passed first.
     limits = options.limits

@@ -266,8 +266,16 @@ class GenerationEngine:
         self._move("draining", among=("loading", "ready"))
         if self._thread.is_alive():
             self._thread.join(drain_s)
-            self._move("stopped", among=("draining",))
+            self.stop()
             self._thread.join()
+
+    def stop(self) -> None:
+        """Take no more sequences, and let open ones get a `Failure` after the step at hand.
+
+        Returns at once.
+        """
+        self._move("draining", among=("loading", "ready"))
+        self._move("stopped", among=("draining",))
 
     def _discard(self, generation: Generation) -> None:
         """Give a cancelled sequence's place in the queue back at once."""

@@ -1,5 +1,6 @@
 """Running the application under uvicorn until a signal, and ending it without losing answers."""
 
+import asyncio
 import errno
 import logging
 import signal
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 
 logger = logging.getLogger(__name__)
 
+_TOLD_S = 5  # for the step that is under way, and for telling who is cut off after it
 _WHY = {
     errno.EADDRINUSE: "another program listens there: stop it, or set serve.port to another port; "
     "serve.port=0 takes a free one",
@@ -52,16 +54,44 @@ def bind(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
 
 
 class _Server(uvicorn.Server):
-    """Ends streams that have no end of their own before it waits for those that have."""
+    """Ends streams that have no end of their own before it waits for those that have.
 
-    def __init__(self, config: uvicorn.Config, *, end_streams: Callable[[], None]) -> None:
+    Args:
+        config: Of uvicorn.
+        drain_s: How long answers may go on then.
+        end_streams: Ends those that have no end; returns at once.
+        end_answers: Lets the others end with an error as soon as they can; returns at once.
+    """
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        drain_s: int,
+        end_streams: Callable[[], None],
+        end_answers: Callable[[], None],
+    ) -> None:
         super().__init__(config)
-        self._end_streams = end_streams
+        self._drain_s = drain_s
+        self._end_streams, self._end_answers = end_streams, end_answers
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and wait for open ones."""
         self._end_streams()
-        await super().shutdown(sockets)
+        too_late = asyncio.get_running_loop().call_later(self._drain_s, self._cut_off)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            too_late.cancel()
+
+    def _cut_off(self) -> None:
+        if self.server_state.tasks:
+            logger.warning(
+                "%d requests are not answered after %d s and are cut off",
+                len(self.server_state.tasks),
+                self._drain_s,
+            )
+        self._end_answers()
 
 
 def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
@@ -74,10 +104,11 @@ def make_server(app: FastAPI, *, drain_s: int = 30) -> uvicorn.Server:
         log_config=None,  # logging belongs to the entry point
         access_log=False,  # `middleware.RequestLog` writes a better one
         server_header=False,
-        timeout_graceful_shutdown=drain_s,
+        timeout_graceful_shutdown=drain_s + _TOLD_S,
     )
-    # `create_app` sets it; an application without endless streams need not.
-    return _Server(config, end_streams=getattr(app.state, "end_streams", lambda: None))
+    # `create_app` sets them; an application that only answers at once need not.
+    ends = {name: getattr(app.state, name, lambda: None) for name in ("end_streams", "end_answers")}
+    return _Server(config, drain_s=drain_s, **ends)
 
 
 def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:
@@ -88,7 +119,8 @@ def serve(app: FastAPI, *, reserved: socket.socket, drain_s: int = 30) -> None:
     Args:
         app: From `create_app`.
         reserved: From `bind`; closed at the end.
-        drain_s: How long open requests may go on after the signal; then they are cut off.
+        drain_s: How long open requests may go on after the signal; then they end with an error, or
+            are cut off where even that takes 5 s.
 
     Raises:
         ValueError: An argument is out of range.
