@@ -11,7 +11,6 @@ Knows nothing of objectives, times or costs.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from transformers.generation.continuous_batching.requests import RequestStatus
 from transformers.generation.continuous_batching.scheduler import (
     SCHEDULER_MAPPING,
     FIFOScheduler,
@@ -52,18 +51,12 @@ class SloBatchScheduler(FIFOScheduler):  # type: ignore[misc]
             self._known = known
             let_in = set(self._let_in)
             unread = {
-                name: _unread(state)
+                name: len(state.remaining_prefill_tokens)
                 for name, state in {**self.active_requests, **waiting}.items()
                 if name in let_in
             }
             self._let_in += decide(unread, [name for name in waiting if name not in let_in])
         return [waiting[name] for name in self._let_in if name in waiting]
-
-
-def _unread(state: Any) -> int:
-    if state.status > RequestStatus.PREFILLING:
-        return 0
-    return len(state.remaining_prefill_tokens)
 
 
 def register() -> None:

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers.generation.continuous_batching.requests import RequestStatus
 
 from runtime.scheduler import StepCosts
 from runtime.server.generation import GenerationEngine
@@ -169,9 +168,8 @@ def test_scheduler_and_objectives_go_together(
         GenerationEngine(model=model, tokenizer=tokenizer, **values)
 
 
-def state(name: str, *, unread: int = 3, is_decoding: bool = False) -> Any:
-    status = RequestStatus.DECODING if is_decoding else RequestStatus.PENDING
-    return SimpleNamespace(request_id=name, remaining_prefill_tokens=[0] * unread, status=status)
+def state(name: str, *, unread: int = 3) -> Any:
+    return SimpleNamespace(request_id=name, remaining_prefill_tokens=[0] * unread)
 
 
 def test_it_is_asked_whenever_somebody_has_come_or_gone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +195,7 @@ def test_it_is_asked_whenever_somebody_has_come_or_gone(monkeypatch: pytest.Monk
     assert candidates() == ["b"]
     assert candidates() == ["b"]  # for want of room in the pass
     assert asked == [({}, ["a", "b"])]
-    scheduler.active_requests = {"b": state("b", is_decoding=True)}
+    scheduler.active_requests = {"b": state("b", unread=0)}
     waiting[:] = [state("a"), state("c")]
     assert candidates() == []
     assert asked[1:] == [({"b": 0}, ["a", "c"])]
