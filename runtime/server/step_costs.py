@@ -13,7 +13,6 @@ Knows nothing of requests, queues or objectives. ``python -m benchmarks.step_cos
 
 import logging
 import random
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -96,7 +95,7 @@ def time_steps(
         batch: Which.
         decoding_of: Makes a sequence runnable.
         forget: Told of each sequence that was made for this.
-        sizes: Sequences that decode together.
+        sizes: Sequences that decode together; fewer do where the KV cache does not hold them.
         prompts: Tokens of a prompt that is read in one pass.
         vocab_size: Prompts are drawn from ids below it.
         repeats: Steps of each kind, behind some that are not counted.
@@ -117,16 +116,16 @@ def time_steps(
     timed = []
     for size in sizes:
         decodings = [begin(_DECODE_PROMPT) for _ in range(size)]
-        timed.append(TimedStep(size, 0, _median_s([_step_s(batch) for _ in range(num_steps)])))
+        timed.append(_median([_step(batch, num_read=0) for _ in range(num_steps)]))
         for decoding in decodings:
             end(decoding)
     for num_tokens in prompts:
-        spent_s = []
+        steps = []
         for _ in range(num_steps):
             decoding = begin(num_tokens)
-            spent_s.append(_step_s(batch))
+            steps.append(_step(batch, num_read=num_tokens))
             end(decoding)
-        timed.append(TimedStep(1, num_tokens, _median_s(spent_s)))
+        timed.append(_median(steps))
     return timed
 
 
@@ -171,11 +170,13 @@ def measure(
     return costs
 
 
-def _median_s(spent_s: Sequence[float]) -> float:
-    return statistics.median(spent_s[_WARM_UP_STEPS:])
-
-
-def _step_s(batch: BatchedPath) -> float:
+def _step(batch: BatchedPath, *, num_read: int) -> TimedStep:
     started_s = time.perf_counter()
-    batch.step()
-    return time.perf_counter() - started_s
+    rows = batch.step()
+    return TimedStep(len(rows), num_read, time.perf_counter() - started_s)
+
+
+def _median(steps: Sequence[TimedStep]) -> TimedStep:
+    """The one of those that are no warm-up, by its seconds."""
+    counted = sorted(steps[_WARM_UP_STEPS:], key=lambda step: step.step_s)
+    return counted[len(counted) // 2]
