@@ -61,6 +61,7 @@ class Options:
         engine: As ``serve.engine``.
         max_batch: As ``serve.max_batch``.
         budget: As ``budget``: what may be resident.
+        settings: More of the server's, as ``serve.scheduler=slo,serve.slo.ttft_s=0.2``.
         growth_mib: By how much the server's memory may grow after the first third.
         seed: Of prompts and hang-ups.
         out: Where to keep the result, or "".
@@ -75,6 +76,7 @@ class Options:
     engine: str = "batched"
     max_batch: int = 32
     budget: str = "50%"
+    settings: tuple[str, ...] = ()
     growth_mib: float = 64.0
     seed: int = 0
     out: str = ""
@@ -162,6 +164,7 @@ def served(options: Options, folder: Path) -> Iterator[tuple[str, subprocess.Pop
         "policy=lfru",
         f"paths.root={folder}",
         "model.dtype=float32",
+        *options.settings,
     ]
     with log.open("wb") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
