@@ -100,7 +100,8 @@ def _land(
         best = tl.max(tl.where(possible, probability, 0.0), 0)
         at = tl.min(tl.where(possible & (probability == best), m, M_BLOCK), 0)
         its = candidate == at
-        place = tl.min(tl.where(its, n, free), 0)
+        place = tl.min(tl.where(its, n, N_BLOCK), 0)
+        place = tl.where(place < N_BLOCK, place, free)
         missing = num_neurons - tl.sum(tl.where(its, landed, 0), 0)
         portion = tl.where(missing <= left, missing, left // CHUNK * CHUNK)
         portion = tl.where(at < M_BLOCK, portion, 0)
