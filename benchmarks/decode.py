@@ -46,6 +46,7 @@ from benchmarks.replay_testbed import ReplayTestbed, filled_store
 from data.errors import MoecastError
 from data.files import write_json
 from data.machine import hardware
+from predictors.fit.next_layers import fit_next_layers
 from predictors.forecaster import Forecaster
 from runtime.budget import slots_at
 from runtime.compiled_layers import CompiledLayers
@@ -276,6 +277,13 @@ def fitted_forecaster(shape: Shape, state: str = "") -> Forecaster:
     traces = traces_of_shape(shape)
     if state:
         forecaster.load_state(traces.spec, load_file(state))
+        if forecaster.next_layers is None:  # fitted before forecasters had any
+            device = pick_device("auto")
+            for net in forecaster.nets:
+                net.to(device)
+            forecaster.next_layers = fit_next_layers(forecaster, traces, device=device)
+            for net in forecaster.nets:
+                net.cpu()
         return forecaster
     with torch.enable_grad():
         forecaster.fit(traces)

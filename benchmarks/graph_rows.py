@@ -108,7 +108,9 @@ class OwnRow(Row):
         elif prefetch_by == "predictor":
             if self._foresight is None:
                 raise ValueError("prefetch_by='predictor': name a predictor")
-            self._source = TokenForecast(self._foresight.next_LE)
+            assert predictor is not None
+            self._source = by_forecasts = TokenForecast(self._foresight.next_LE)
+            by_forecasts.follow(predictor)
 
     def prepare(self) -> None:
         """Capture the step, then bring the cache to where the warm-up ends."""

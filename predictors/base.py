@@ -41,6 +41,7 @@ from data.router_inputs import RoutedTokens
 from data.schema import MoESpec, Trace, TraceSet
 from predictors.embedders.base import Embedder
 from predictors.graph import GraphPredictor
+from predictors.next_layers import NextLayers
 from predictors.request_history import RequestHistory
 
 Moment = Literal["request", "token", "layer", "routed"]
@@ -151,6 +152,7 @@ class Predictor(ABC):
         members: The predictors that it is made of, by name; none but for a blend.
         gamma: Discount per token of `Forecast.forecast_LE`, in [0, 1).
         spec: The MoE it was fitted for; None before `fit` or `load_state`.
+        next_layers: What it has learned of a token's layers from those before them, or None.
     """
 
     kind: ClassVar[str]
@@ -159,6 +161,7 @@ class Predictor(ABC):
     needs_model: ClassVar[bool] = False
     embedder: Embedder | None = None
     members: Mapping[str, "Predictor"] = MappingProxyType({})
+    next_layers: NextLayers | None = None
 
     def __init__(self, *, gamma: float = 0.95) -> None:
         if not 0.0 <= gamma < 1.0:

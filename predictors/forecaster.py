@@ -23,6 +23,7 @@ from predictors.calibrate import Calibration, fit_calibration
 from predictors.follower import Followed, Follower, Said
 from predictors.forecaster_graph import ForecasterGraph
 from predictors.forecaster_net import Before, ForecasterNet
+from predictors.next_layers import NextLayers
 from predictors.request_history import RequestHistory
 from predictors.routing import mean_use_LE
 from predictors.shared_net import SharedNet, rule_of, rule_tensors
@@ -152,6 +153,7 @@ class Forecaster(Predictor):
         laps_s = [time.perf_counter()]
         from predictors.fit.fitting_set import vocabulary, within_memory
         from predictors.fit.forecaster import examples_of, fit_net  # loads lightning
+        from predictors.fit.next_layers import fit_next_layers
         from predictors.fit.shared_net import fit_shared_net
         from predictors.fit.training import device_of
 
@@ -177,6 +179,8 @@ class Forecaster(Predictor):
         self._calibration = Calibration.identity()
         self._shared = self._follower = None  # what is calibrated is what the networks say
         self._calibration, details = fit_calibration(self, traces)
+        laps_s.append(time.perf_counter())
+        self.next_layers = fit_next_layers(self, traces, seed=self.seed, device=device)
         for net in self.nets:
             net.cpu()
         laps_s.append(time.perf_counter())
@@ -184,7 +188,7 @@ class Forecaster(Predictor):
             fitted, self._popularity_LE.shape, self.spec.top_k, self.discounts, seed=self.seed
         )
         laps_s.append(time.perf_counter())
-        parts = ("features_s", "training_s", "calibration_s", "rule_s")
+        parts = ("features_s", "training_s", "calibration_s", "next_layers_s", "rule_s")
         details |= {
             **dict(zip(parts, np.diff(laps_s).tolist(), strict=True)),
             "num_parameters": sum(p.numel() for net in self.nets for p in net.parameters()),
@@ -331,7 +335,7 @@ class Forecaster(Predictor):
         return {name: getattr(self, name) for name in names.split()}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """The networks, float16; known tokens' ids; rule, popularity and calibration, float32."""
+        """Networks and ways, float16; known tokens' ids; rule, popularity, calibration, float32."""
         if not self.nets:
             return {}
         return {
@@ -339,6 +343,7 @@ class Forecaster(Predictor):
             "popularity_LE": self._popularity_LE,
             **self._calibration.tensors(),
             **rule_tensors(self._shared),
+            **({} if self.next_layers is None else self.next_layers.tensors()),
             **{
                 f"nets.{n}.{name}": tensor.half()
                 for n, net in enumerate(self.nets)
@@ -351,6 +356,7 @@ class Forecaster(Predictor):
         self.spec = spec
         self._popularity_LE = tensors["popularity_LE"]
         self._calibration = Calibration.from_tensors(tensors)
+        self.next_layers = NextLayers.from_tensors(tensors)
         ids_V: list[int] = tensors["token_ids_V"].tolist()
         self._token_rows = {token: row for row, token in enumerate(ids_V)}
         self._shared, self._follower = rule_of(tensors, num_discounts=len(self.discounts)), None

@@ -40,7 +40,7 @@ from runtime.graph_forecasts import device_bytes
 from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
-from runtime.prefetch.served import Prefetch, landing_bytes, source_for
+from runtime.prefetch.served import Prefetch, prefetch_bytes, source_for
 from runtime.sizes import parse_bytes
 from runtime.slot_split import SlotSplit
 
@@ -177,7 +177,7 @@ def attach(
                 budget,
                 device=target,
                 predictor_bytes=forecast_bytes,
-                prefetch_bytes=0 if source is None else landing_bytes(layers),
+                prefetch_bytes=0 if source is None else prefetch_bytes(layers, predictor),
                 context_tokens=context_tokens,
                 split=split,
             )
@@ -203,7 +203,7 @@ def attach(
         slots=num_slots,
         backend=backend,
         context_tokens=context_tokens,
-        next_use_LE=None if source is None else source.next_LE,
+        prefetch_by=source,
     )
     if prefetcher is not None:
         prefetcher.review.on_change = offload._capture_anew

@@ -29,6 +29,7 @@ from runtime.compiled_layers import CompiledLayers, not_compiled
 from runtime.decode_graph import DecodeGraph, recorder_for
 from runtime.expert_view import ExpertView
 from runtime.observer import Observer, PassRow
+from runtime.prefetch.sources import TokenForecast
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
 from runtime.resident_planner import ResidentPlanner
@@ -61,10 +62,10 @@ class Offload:
         slots: tuple[int, ...],
         backend: Backend,
         context_tokens: int | None = None,
-        next_use_LE: Tensor | None = None,
+        prefetch_by: TokenForecast | None = None,
     ) -> None:
         self.spec = spec
-        self._next_use_LE = next_use_LE  # where forecasts go that something is prefetched by
+        self._prefetch_by = prefetch_by
         self.slots = slots
         self.context_tokens = context_tokens
         self._backend = backend
@@ -317,13 +318,17 @@ class Offload:
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
         self._model, self._layers = model, layers
 
+        next_use_LE = None
+        if self._prefetch_by is not None:
+            self._prefetch_by.follow(predictor)
+            next_use_LE = self._prefetch_by.next_LE
         self._predictor = ServedPredictor(
             model=model,
             layers=layers,
             backend=self._backend,
             predictor=predictor,
             on_change=self._capture_anew,
-            next_use_LE=self._next_use_LE,
+            next_use_LE=next_use_LE,
         )
 
     @torch.no_grad()

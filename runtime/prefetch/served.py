@@ -63,7 +63,11 @@ def source_for(
     return None
 
 
-def landing_bytes(layers: Sequence[MoELayer]) -> int:
-    """What the buffer of prefetched experts takes on the device."""
+def prefetch_bytes(layers: Sequence[MoELayer], predictor: Predictor | None) -> int:
+    """What the buffer of prefetched experts takes on the device, and what says which they are."""
     records = min(PrefetchOptions().landing_records, layers[0].num_experts)
-    return records * ExpertLayout.of(layers[0].experts).record_bytes
+    learned = None if predictor is None else predictor.next_layers
+    held = () if learned is None else learned.buffers()
+    return records * ExpertLayout.of(layers[0].experts).record_bytes + sum(
+        tensor.numel() * tensor.element_size() for tensor in held
+    )

@@ -8,12 +8,18 @@ Knows nothing of caches, links and copies.
 Shape letters: T tokens · L MoE layers · E experts per layer · D hidden.
 """
 
+import copy
+import logging
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from data.routers import Routers
+from predictors.base import Predictor
+from predictors.next_layers import NextLayers
+
+logger = logging.getLogger(__name__)
 
 
 class Now(NamedTuple):
@@ -52,21 +58,47 @@ class Source(Protocol):
 class TokenForecast:
     """What a predictor said of the token before it began, such as `GraphPredictor.next_LE`.
 
+    Where it has learned what a token's layers say of those behind them (`predictors.next_layers`),
+    they tell more, the more of them have routed.
+
     Args:
         next_LE: float32, calibrated probabilities that a token uses each expert. Read when asked,
             and updated in place by whoever owns it. They are means over the rows of a batch, which
             are taken to be independent: any of T tokens needs an expert with 1 - (1 - p)^T.
         known_from: The first `Now.layer` at which they are of the token at hand: 0 where whoever
             owns them hears of a pass when layer 0 has routed.
+
+    Attributes:
+        next_LE: As given.
+        next_layers: A copy of what the predictor has learned of that (`follow`), or None. It keeps
+            what a pass's layers have said, so that it is for one source.
     """
 
     def __init__(self, next_LE: Tensor, *, known_from: int = -1) -> None:
         self.next_LE, self._known_from = next_LE, known_from
+        self.next_layers: NextLayers | None = None
+
+    def follow(self, predictor: Predictor) -> None:
+        """Go by what ``predictor`` has learned of next layers; its forecasts are written by others.
+
+        Captured steps are out of date after that.
+        """
+        learned = copy.deepcopy(predictor.next_layers)
+        if learned is None:
+            logger.info(
+                "Predictor %s has learned nothing of next layers: prefetches go by what it "
+                "expects of a token as a whole",
+                predictor.kind,
+            )
+        self.next_layers = None if learned is None else learned.to(self.next_LE.device)
 
     def next_HE(self, layers: range, now: Now) -> Tensor | None:
         """As `Source.next_HE`, for every layer."""
         if now.layer < self._known_from:
             return None
+        ids_TK = now.topk_expert_ids_TK
+        if self.next_layers is not None and ids_TK is not None:
+            return self.next_layers.look_ahead(now.layer, ids_TK, self.next_LE, len(layers))
         next_HE = self.next_LE[layers.start : layers.stop]
         return next_HE if now.num_tokens == 1 else any_of(next_HE, now.num_tokens)
 

@@ -303,6 +303,7 @@ class Favourites:
     """Says of every token how often all tokens use each expert."""
 
     kind = "favourites"
+    next_layers = None
 
     def __init__(self, ids_NLK: Tensor, num_experts: int) -> None:
         used_NLE = torch.zeros(*ids_NLK.shape[:2], num_experts).scatter_(2, ids_NLK, 1.0)

@@ -203,9 +203,8 @@ def test_the_same_seed_fits_the_same_and_another_seed_does_not(traces: TraceList
 
 def test_the_report_says_where_the_time_went(traces: TraceList) -> None:
     report = Forecaster(**{**SMALL, "epochs": 1}).fit(traces)
-    parts = [
-        report.details[f"{part}_s"] for part in ("features", "training", "calibration", "rule")
-    ]
+    names = ("features", "training", "calibration", "next_layers", "rule")
+    parts = [report.details[f"{name}_s"] for name in names]
     assert all(part > 0 for part in parts)
     assert sum(parts) == pytest.approx(report.fit_s)
 

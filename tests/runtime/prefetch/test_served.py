@@ -7,12 +7,13 @@ import torch
 from prefetch_bench import NEURONS, options
 
 from data.adapters import moe_layers, spec_of
+from predictors.next_layers import MAX_TOKENS, NextLayers
 from runtime.decode_graph import DecodeGraph, recorder_for
 from runtime.engine import Offload, attach
 from runtime.expert_layout import ExpertLayout
 from runtime.gpu_experts import GpuExperts
 from runtime.policies import make_policy
-from runtime.prefetch.served import landing_bytes, source_for
+from runtime.prefetch.served import prefetch_bytes, source_for
 from runtime.prefetch.sources import TokenForecast
 from tests.devices import KERNEL_DEVICE
 from tests.families import tiny_model
@@ -75,15 +76,30 @@ def test_other_values_are_refused_wherever_a_model_is_served() -> None:
         attach(tiny_model("mixtral"), slots=4, prefetch=True)
 
 
-def test_the_buffer_is_some_records_and_never_more_than_there_are_experts() -> None:
-    layers = moe_layers(tiny_model("mixtral"))
-    assert landing_bytes(layers) == 3 * ExpertLayout.of(layers[0].experts).record_bytes
+def test_the_buffer_and_what_is_learned_of_next_layers_are_counted() -> None:
+    model = tiny_model("mixtral")
+    layers, spec = moe_layers(model), spec_of(model)
+    record_bytes = ExpertLayout.of(layers[0].experts).record_bytes
+    assert prefetch_bytes(layers, None) == 3 * record_bytes
+    predictor = habit_for(model)
+    assert prefetch_bytes(layers, predictor) == 3 * record_bytes
+    L, E, D = spec.num_layers, spec.num_experts, 2
+    predictor.next_layers = NextLayers(
+        way_LXDE=torch.zeros(L, E, D, E), scale_L=torch.ones(L), bias_LE=torch.zeros(L, E)
+    )
+    told = 4 * (L * E * D * E + L + L * E + L * E + MAX_TOKENS * L * E)
+    assert prefetch_bytes(layers, predictor) == 3 * record_bytes + told
 
 
 def test_a_served_model_prefetches_by_its_predictor_and_says_the_same() -> None:
     model = tiny_model("mixtral", intermediate_size=NEURONS)
     layers, spec = moe_layers(model), spec_of(model)
     predictor = habit_for(model, AnythingNext)
+    predictor.next_layers = NextLayers(
+        way_LXDE=torch.randn(spec.num_layers, spec.num_experts, 2, spec.num_experts),
+        scale_L=torch.ones(spec.num_layers),
+        bias_LE=torch.zeros(spec.num_layers, spec.num_experts),
+    )
 
     def generate() -> list[int]:
         ids_BT = torch.tensor([[3, 1, 4]], device=model.device)
@@ -111,7 +127,7 @@ def test_a_served_model_prefetches_by_its_predictor_and_says_the_same() -> None:
         spec=spec,
         slots=(4,) * spec.num_layers,
         backend=backend,
-        next_use_LE=source.next_LE,
+        prefetch_by=source,
     )
     assert backend.prefetcher is not None
     with offload:
