@@ -23,7 +23,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,8 @@ class Options:
         cpu_lane: Time lfru and the forecaster with the CPU lane, too.
         prefetch: Let the forecaster prefetch, too.
         prefetch_bounds: Time what a perfect prediction of the next layer would be worth.
+        prefetch_parts: Time prefetching without what makes it better, too: by forecasts of a token
+            as a whole, and of the next layer alone.
         into_slots: Prefetch into slots, not beside them (`PrefetchOptions.into`).
         layers_ahead: How many layers ahead; 0 takes the default of where they go.
         repeats: How often each row is timed.
@@ -97,6 +99,7 @@ class Options:
     cpu_lane: bool = False
     prefetch: bool = True
     prefetch_bounds: bool = True
+    prefetch_parts: bool = False
     into_slots: bool = False
     layers_ahead: int = 0
     repeats: int = 5
@@ -246,15 +249,12 @@ def measure_replay(options: Options, keep: Callable[[dict[str, Any]], None]) -> 
             if forecaster is not None:
                 rows.append(own_row("forecast", slots=slots, predictor=forecaster, cpu_lane=True))
         if options.prefetch and forecaster is not None:
-            rows.append(
-                own_row(
-                    "forecast",
-                    slots=slots,
-                    predictor=forecaster,
-                    prefetch_by="predictor",
-                    prefetch=prefetch,
-                )
-            )
+            fetching = functools.partial(own_row, "forecast", slots=slots, predictor=forecaster)
+            rows.append(fetching(prefetch_by="predictor", prefetch=prefetch))
+            if options.prefetch_parts:
+                rows.append(fetching(prefetch_by="token", prefetch=prefetch))
+                nearest = replace(prefetch, layers_ahead=1, landing_layers=1)
+                rows.append(fetching(prefetch_by="predictor", prefetch=nearest))
         if options.prefetch_bounds:
             knowing = functools.partial(own_row, slots=slots, prefetch_by="truth")
             rows.append(knowing("lru", prefetch=prefetch))

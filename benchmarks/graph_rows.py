@@ -34,7 +34,7 @@ from runtime.static_kv import one_position
 _TRIAL_STEPS = 2  # kernels compile, and what is made at the first use comes into being
 _MEASURED_STEPS = 8  # in which a prefetcher sees how much fits between two layers' experts
 
-Prefetching = Literal["none", "predictor", "truth"]
+Prefetching = Literal["none", "predictor", "token", "truth"]
 
 
 class OwnRow(Row):
@@ -46,8 +46,9 @@ class OwnRow(Row):
         policy: A name of `runtime.policies.POLICIES`.
         slots: C of every layer.
         predictor: What policies that forecast go by; it runs inside the graph.
-        prefetch_by: Who says what the next layers will need: the predictor, or the recorded truth,
-            which bounds what predicting the next layers can be worth.
+        prefetch_by: Who says what the next layers will need: the predictor, or what it says of a
+            token as a whole alone, or the recorded truth, which bounds what predicting the next
+            layers can be worth.
         prefetch: How it is fetched.
         graph: Replay the step as a graph (on a CPU, which has none, it is called again); False lets
             the host launch every kernel.
@@ -85,9 +86,15 @@ class OwnRow(Row):
         what = "all resident" if slots == testbed.num_experts else policy
         if predictor is not None:
             what = f"{policy} ({predictor.kind})"
-        what += {"none": "", "predictor": " + prefetch", "truth": " + perfect next layer (bound)"}[
-            prefetch_by
-        ]
+        what += {
+            "none": "",
+            "predictor": " + prefetch",
+            "token": " + prefetch by token",
+            "truth": " + perfect next layers (bound)",
+        }[prefetch_by]
+        if prefetch is not None and prefetch_by != "none":
+            is_default = prefetch.landing_layers == PrefetchOptions().landing_layers
+            what += "" if is_default else f", {prefetch.landing_layers} ahead"
         how = " + CPU lane" if cpu_lane else ""
         how += ("" if graph else ", eager") + ("" if compiled is None else ", compiled")
         super().__init__(name or f"ours, {what}{how}", testbed, slots=slots)
@@ -105,12 +112,12 @@ class OwnRow(Row):
         self._source = source
         if prefetch_by == "truth":
             self._source = RecordedTruth(testbed)
-        elif prefetch_by == "predictor":
-            if self._foresight is None:
-                raise ValueError("prefetch_by='predictor': name a predictor")
-            assert predictor is not None
+        elif prefetch_by != "none":
+            if self._foresight is None or predictor is None:
+                raise ValueError(f"prefetch_by={prefetch_by!r}: name a predictor")
             self._source = by_forecasts = TokenForecast(self._foresight.next_LE)
-            by_forecasts.follow(predictor)
+            if prefetch_by == "predictor":
+                by_forecasts.follow(predictor)
 
     def prepare(self) -> None:
         """Capture the step, then bring the cache to where the warm-up ends."""
