@@ -46,6 +46,7 @@ def copy_records(
     num_bytes_N: Tensor,
     *,
     programs_per_record: int = 24,
+    num_warps: int = 8,
 ) -> None:
     """Copy each piece.
 
@@ -54,7 +55,8 @@ def copy_records(
         target_address_N: int64, likewise; pieces must not overlap.
         num_bytes_N: int64, multiples of 16; a piece of none costs nothing.
         programs_per_record: 16 and more reach the link's full rate with one piece at a time.
+        num_warps: Of a program; half of them hold as many bytes on their way, in more registers.
     """
     _copy[(programs_per_record, len(num_bytes_N))](
-        source_address_N, target_address_N, num_bytes_N, BLOCK=BLOCK, num_warps=8
+        source_address_N, target_address_N, num_bytes_N, BLOCK=BLOCK, num_warps=num_warps
     )

@@ -22,8 +22,8 @@ _WASTED = tl.constexpr(COUNTERS.index("wasted"))
 _WASTED_NEURONS = tl.constexpr(COUNTERS.index("wasted_neurons"))
 _USED_NEURONS = tl.constexpr(COUNTERS.index("used_neurons"))
 _MISSED_NEURONS = tl.constexpr(COUNTERS.index("missed_neurons"))
-MAX_CANDIDATES = 1024
-"""One program looks through all of them."""
+MAX_CANDIDATES = 512
+"""One program looks through all of them, in the registers that are left beside the experts."""
 
 
 @triton.jit
@@ -89,16 +89,21 @@ def _land(
         held = held & (n < 0)
     landed = tl.where(held, landed, 0)
     candidate = tl.where(held, (layer - first_layer) * num_experts + expert, -1)
+    likely = tl.load(next_M + candidate, mask=held, other=0.0)
+    sure = likely >= tl.load(least_H + candidate // num_experts, mask=held, other=float("inf"))
+    goes_on = held & sure & (likely > 0)
 
     # The likeliest take their turn: what has landed in part goes on, others need a free piece.
     left = allowance
     comes = tl.zeros([N_BLOCK], tl.int32)
     for _ in range(num_pieces):
         free = tl.min(tl.where(is_piece & (candidate < 0), n, N_BLOCK), 0)
-        lies = tl.max((candidate[None, :] == m[:, None]).to(tl.int32), 1) == 1
-        possible = wanted & (lies | (free < N_BLOCK))
-        best = tl.max(tl.where(possible, probability, 0.0), 0)
-        at = tl.min(tl.where(possible & (probability == best), m, M_BLOCK), 0)
+        if free < N_BLOCK:
+            best = tl.max(tl.where(wanted, probability, 0.0), 0)
+            at = tl.min(tl.where(wanted & (probability == best), m, M_BLOCK), 0)
+        else:
+            best = tl.max(tl.where(goes_on, likely, 0.0), 0)
+            at = tl.min(tl.where(goes_on & (likely == best), candidate, M_BLOCK), 0)
         its = candidate == at
         place = tl.min(tl.where(its, n, N_BLOCK), 0)
         place = tl.where(place < N_BLOCK, place, free)
@@ -110,6 +115,7 @@ def _land(
         candidate = tl.where(chosen, at, candidate)
         comes = tl.where(chosen, portion, comes)
         wanted = wanted & (m != at)
+        goes_on = goes_on & (candidate != at)
 
     taken = candidate >= 0
     row = first_layer + candidate // num_experts
@@ -269,7 +275,7 @@ def land(
         CHUNK=chunk_neurons,
         IS_FIRST=is_first,
         HAS_EVENT=active is not None,
-        num_warps=4,
+        num_warps=2,  # it runs beside the experts, which leave few registers
     )
 
 

@@ -35,6 +35,12 @@ from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.review import Review
 from runtime.prefetch.sources import Now, Source
 
+_WARPS_BESIDE_EXPERTS = 4
+"""Of a copying program. One token's experts take 240 of an SM's 256 registers a thread, with 256
+threads (Triton 3.7, sm_90): then 4 warps of 32 registers find room beside them, and 8 would take an
+SM from them until the copy is done."""
+_FIRST = -1  # of CUDA's priorities: else what is small waits until the experts' programs have begun
+
 
 class Prefetcher:
     """Prefetches for a cache on the device.
@@ -78,7 +84,7 @@ class Prefetcher:
         if device.type == "cuda":
             from runtime.kernels.clock import new_clock  # Triton's interpreter has no clock
 
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream(device, priority=_FIRST)  # type: ignore[no-untyped-call]
             if num_layers > 1:
                 self._clock_X = new_clock(device)
         self.review = Review(
@@ -196,7 +202,11 @@ class Prefetcher:
             self._copy(copy)
 
     def _copy(self, copies: Copies) -> None:
-        copy_records(*copies, programs_per_record=self._options.programs_per_record)
+        copy_records(
+            *copies,
+            programs_per_record=self._options.programs_per_record,
+            num_warps=_WARPS_BESIDE_EXPERTS,
+        )
 
     @contextmanager
     def _on_side(self) -> Iterator[None]:
@@ -238,7 +248,11 @@ def _copies_bytes_per_s(cache: DeviceCache, store: PinnedStore, options: Prefetc
 
     def copy() -> None:
         copy_records(
-            source_1, target_1, num_bytes_1, programs_per_record=options.programs_per_record
+            source_1,
+            target_1,
+            num_bytes_1,
+            programs_per_record=options.programs_per_record,
+            num_warps=_WARPS_BESIDE_EXPERTS,
         )
 
     return num_bytes / seconds_of(copy, store.device)
