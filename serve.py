@@ -116,12 +116,7 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
         raise ValueError(f"prefetch={cfg.prefetch}: must be one of false, true, auto")
     mode: Mode = cfg.serve.engine
     if is_lossy(cfg, device):
-        if mode == "batched":
-            raise ValueError(
-                "serve.engine=batched with serve.mode=resident_only: residents change between "
-                "requests, and in a batch one always runs; give serve.engine=single"
-            )
-        return "single"
+        return "batched" if mode == "batched" else "single"  # auto: every request's own residents
     if device.type == "cpu" or _is_share(cfg):
         return mode
     if mode == "batched":
@@ -200,6 +195,14 @@ def is_lossy(cfg: DictConfig, device: torch.device) -> bool:
         (not cfg.serve.task_profile, "needs serve.task_profile; python -m runtime.profile_tasks"),
         (cfg.check, "--check: answers are not the resident model's, there is nothing to compare"),
         (cfg.serve.record, "serve.record: routing is not the model's own, and no trace of it"),
+        (
+            cfg.serve.engine == "batched" and cfg.serve.resident_period == 1,
+            "serve.engine=batched: serve.resident_period=1 would make batches of one; give more",
+        ),
+        (
+            cfg.serve.engine == "batched" and bool(cfg.artifact),
+            "serve.engine=batched and an artifact: it would learn from requests that run alone",
+        ),
     ):
         if is_wrong:
             raise ValueError(f"serve.mode=resident_only with {why}")
@@ -230,14 +233,15 @@ def server_options(cfg: DictConfig) -> ServerOptions:
 
 def choose_residents(cfg: DictConfig, spec: MoESpec) -> Chosen:
     """For the lossy mode: the profile of tasks, and the predictor if an artifact is named."""
+    policy: Policy = build(cfg.policy)
     profile = load_profile(Path(cfg.serve.task_profile), expect=spec)
     predictor = load_artifact(Path(cfg.artifact), expect=spec) if cfg.artifact else None
     log.warning(
         "Mode resident_only (LOSSY): who is resident follows the tasks %s; policy %s is not asked",
         ", ".join(profile.tasks),
-        cfg.policy._target_.rpartition(".")[2],
+        policy.name,
     )
-    return Chosen(make_policy(FALLBACK_POLICY), predictor, profile=profile)
+    return Chosen(policy, predictor, profile=profile)
 
 
 def attached(cfg: DictConfig, model: Any, chosen: Chosen, placed: dict[str, Any]) -> Offload:
@@ -342,6 +346,7 @@ def run(cfg: DictConfig) -> int:
             scheduler=cfg.serve.scheduler,
             objectives=objectives,
             recorder=recorder,
+            group_requests=None if chosen.profile is None else cfg.serve.resident_period,
         )
         plan_residents(cfg, engine, offload, chosen)
         if chosen.digest is not None:

@@ -1,8 +1,9 @@
 """Lets a planner change, request by request, who is resident in a model that is served lossily.
 
-Residents change where a request begins, while none runs, and never within one: so sequences run one
-after the other. Where several do run together, residents stay as they are, and nothing is learned
-from what they use, since nobody can say whose use it was.
+Residents change where requests begin while none runs, and never within one. Who serves batches must
+therefore let all that run end now and then (`GenerationEngine(group_requests=...)`); those that
+begin together are decided for together. A planner learns only from requests that ran alone: in a
+batch, nobody says whose use it was.
 
 Knows nothing of Eq. 2 (`runtime.resident_planner`), nor of how experts move or routers are bound.
 """
@@ -51,10 +52,21 @@ class ServedResidents:
 
     def announce(self, rows: Sequence[PassRow]) -> None:
         """The next pass is of these; those that nobody has seen begin."""
-        for row in rows:
-            # A prompt without text is the server's own, to see that the model runs.
-            if row.key not in self._running and row.position == 0 and row.prompt:
-                self._begin(row.key, row.prompt, len(row.prompt_ids))
+        # A prompt without text is the server's own, to see that the model runs.
+        new = [row for row in rows if row.key not in self._running and row.prompt]
+        if not new:
+            return
+        profile = self._planner.profile
+        queued = [Queued(profile.reader.read(row.prompt or ""), len(row.prompt_ids)) for row in new]
+        self._is_mixed = bool(self._running) or len(new) > 1
+        if not self._running:
+            self._take_use()  # of nobody's tokens
+            if self._planner.is_due:
+                self._plan(queued)
+        for row, one in zip(new, queued, strict=True):
+            self._planner.begin()
+            self._running[row.key] = one.task
+            self._requests_of_task[profile.tasks[one.task]] += 1
 
     def end_request(self, key: str, *, remember: bool) -> None:
         """A sequence is over; unknown ones are no matter."""
@@ -76,28 +88,18 @@ class ServedResidents:
             requests_of_task=dict(self._requests_of_task),
         )
 
-    def _begin(self, key: str, prompt: str, num_tokens: int) -> None:
-        planner = self._planner
-        task = planner.profile.reader.read(prompt)
-        self._requests_of_task[planner.profile.tasks[task]] += 1
-        if self._running:
-            self._is_mixed = True
-        else:
-            self._take_use()  # of nobody's tokens
-            if planner.is_due:
-                self._plan(Queued(task, num_tokens))
-        planner.begin()
-        self._running[key] = task
-
-    def _plan(self, first: Queued) -> None:
-        read = self._planner.profile.reader.read
-        counting = self._waiting(self._planner.period - 1)
-        waiting = [Queued(read(prompt), num_tokens) for prompt, num_tokens in counting]
-        changed = self._planner.layers_changed
-        self._keep_resident(self._planner.plan([first, *waiting]))
+    def _plan(self, beginning: Sequence[Queued]) -> None:
+        profile, changed = self._planner.profile, self._planner.layers_changed
+        limit = max(0, self._planner.period - len(beginning))
+        waiting = [
+            Queued(profile.reader.read(prompt), num_tokens)
+            for prompt, num_tokens in self._waiting(limit)
+        ]
+        queue = [*beginning, *waiting]
+        self._keep_resident(self._planner.plan(queue))
         logger.debug(
             "Residents for %d requests of %s: %d layers changed",
-            1 + len(waiting),
-            sorted({self._planner.profile.tasks[queued.task] for queued in [first, *waiting]}),
+            len(queue),
+            sorted({profile.tasks[queued.task] for queued in queue}),
             self._planner.layers_changed - changed,
         )

@@ -89,6 +89,22 @@ def test_the_mode_names_itself_and_residents_follow_the_requests(
     assert "mode resident_only (LOSSY)" in caplog.text  # in the line that says how it is attached
 
 
+def test_batches_are_groups_that_are_decided_for_together(
+    tmp_path: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(client: TestClient) -> None:
+        prompts = ["def f(x):", "def g(x):", "hello there", "hello you"]
+        body = {"model": "tiny_moe", "prompt": prompts, "max_tokens": 4, "temperature": 0}
+        assert len(client.post("/v1/completions", json=body).json()["choices"]) == 4
+        found = samples(client)
+        assert found["moecast_expert_resident_plans_total"] == 2
+        assert found["moecast_expert_layers_changed_total"] == 2 * 8
+        assert found["moecast_expert_cache_misses_total{reason=loaded}"] == 0
+
+    batched = ["serve.engine=batched", "serve.resident_period=2"]
+    run(monkeypatch, lossy(tmp_path, profile, *batched), ask)
+
+
 def test_without_it_a_server_is_lossless_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,7 +168,11 @@ def test_an_artifact_that_remembers_none_is_refused(
         (["serve.mode=lossy"], "serve.mode=lossy: must be one of lossless, resident_only"),
         (["serve.mode=lossless"], "serve.task_profile=.*: only for serve.mode=resident_only"),
         (["serve.task_profile=null"], "needs serve.task_profile; python -m runtime.profile_tasks"),
-        (["serve.engine=batched"], "serve.engine=batched.*give serve.engine=single"),
+        (["serve.engine=batched"], "serve.resident_period=1 would make batches of one"),
+        (
+            ["serve.engine=batched", "serve.resident_period=4", "artifact=some"],
+            "would learn from requests that run alone",
+        ),
         (["serve.record=traces"], "serve.record: routing is not the model's own"),
         (["check=true"], "nothing to compare"),
     ],

@@ -71,6 +71,8 @@ class GenerationEngine:
         scheduler: Who chooses among those that wait (`Worker`).
         objectives: What the scheduler "slo" keeps; None for any other.
         recorder: Gets each answered sequence with its routing, and is closed with the engine.
+        group_requests: Once so many sequences have run together, all of them end before others
+            begin, so that what must not change within one can change; None for no such groups.
 
     Raises:
         ValueError: A value is out of range, or the model does not say its limit.
@@ -90,7 +92,10 @@ class GenerationEngine:
         scheduler: str = "fifo",
         objectives: Objectives | None = None,
         recorder: TrafficRecorder | None = None,
+        group_requests: int | None = None,
     ) -> None:
+        if group_requests is not None and group_requests < 1:
+            raise ValueError(f"group_requests={group_requests}: must be at least 1")
         if max_queue < 0:
             raise ValueError(f"max_queue={max_queue}: must be at least 0")
         if mode not in MODES:
@@ -136,6 +141,7 @@ class GenerationEngine:
         self._state: EngineState = "loading"
         self._failure: BaseException | None = None
         self._num_restarts = self._restarts_in_a_row = 0
+        self._group_requests, self._num_in_group = group_requests, 0
 
     @property
     def state(self) -> EngineState:
@@ -352,13 +358,22 @@ class GenerationEngine:
             change.make()
         with self._changed:
             if self._state in ("ready", "draining"):
-                while self._waiting and self._worker.has_room:
+                while self._waiting and self._worker.has_room and self._joins_group():
                     self._worker.add(self._waiting.popleft())
                 if self._worker.num_sequences or self._state == "ready":
                     return True
         self._worker.fail_all(EngineUnavailableError(self._why_unavailable()), "abort")
         self._fail_waiting()
         return False
+
+    def _joins_group(self) -> bool:
+        """Count one more into the group of sequences that run together; False if it is full."""
+        if self._worker.num_sequences == 0:
+            self._num_in_group = 0
+        if self._num_in_group == self._group_requests:
+            return False
+        self._num_in_group += 1
+        return True
 
     def _fail_waiting(self) -> None:
         with self._changed:

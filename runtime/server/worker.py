@@ -118,6 +118,8 @@ class Worker:
         )
         self._tap = RoutingTap(model, is_wanted=self._wants_routing)
         self._keys = (str(number) for number in itertools.count())
+        # Lossy, the beginning of a prompt may have been computed with other residents.
+        self._is_lossy = offload is not None and offload.stats().mode != "lossless"
         self._single = SinglePath(
             model, announce=self._announce, captured_cache=self._captured_cache
         )
@@ -232,7 +234,7 @@ class Worker:
             choose=self._choose,
             announce=self._announce,
             routed=self._take_routing,
-            share_prefixes=self._recorder is None,
+            share_prefixes=self._recorder is None and not self._is_lossy,
             max_batch=self._max_batch,
             kv_tokens=self._kv_tokens,
             scheduler=scheduler,

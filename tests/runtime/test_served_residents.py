@@ -68,6 +68,16 @@ def test_those_that_wait_count_too() -> None:
         assert (halves(offload) == 0).all()
 
 
+def test_those_that_begin_together_are_decided_for_together() -> None:
+    """Talk has fewer tokens to come than the two of code; whose rows come first is no matter."""
+    model = tiny_model("qwen3_moe")
+    with lossy(model, waiting=[("hello", 5000)], period=3) as offload:
+        rows = [row("1", "hello", [1]), row("2", "def", range(99)), row("3", "def", range(99))]
+        run(model, offload, [one._replace(prompt_ids=one.ids) for one in rows])
+        assert (halves(offload) > 4).all()
+        assert offload.stats().resident_plans == 1
+
+
 def test_nothing_changes_while_a_request_runs() -> None:
     """The second one begins while the first runs, and does not end with it."""
     model = tiny_model("qwen3_moe")
