@@ -88,10 +88,10 @@ def test_gains_are_of_the_same_requests() -> None:
 @pytest.mark.usefixtures("shared_data")
 def test_every_way_has_a_row(tmp_path: Path) -> None:
     options = Options(
-        num_prompts=90,
+        num_prompts=78,
         num_requests=6,
         prompt_tokens=12,
-        answer_tokens=3,
+        answer_tokens=2,
         residencies=(0.4,),
         periods=(4,),
         skip_losses=(0.1,),
