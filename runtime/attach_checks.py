@@ -17,6 +17,7 @@ from data.schema import MoESpec
 from predictors.base import Predictor
 from runtime.budget import check_slots, slots_for_bytes
 from runtime.policies.base import Policy
+from runtime.redivide import MeasuredSplit
 from runtime.sizes import parse_bytes
 from runtime.slot_split import SlotSplit
 
@@ -160,11 +161,11 @@ def check_scores(scores_LE: Tensor, spec: MoESpec) -> None:
         )
 
 
-def check_split(split: SlotSplit, *, device: torch.device, slots: object) -> None:
+def check_split(split: SlotSplit | MeasuredSplit, *, device: torch.device, slots: object) -> None:
     """ValueError unless slots are split where they can be, and not told in two ways."""
     if device.type == "cpu":
         raise ValueError("split: only slots on a GPU can be, leave it out on a CPU")
-    if slots is not None:
+    if slots is not None and isinstance(split, SlotSplit):
         raise ValueError(f"slots={slots} and split={split}: give one of them")
 
 

@@ -52,6 +52,9 @@ class OffloadStats:
         prefetched_bytes: Bytes that decode steps brought ahead of their use.
         wasted_bytes: Those of them that nobody needed while they were there.
         prefetch_layers_off: Layers where prefetching has lost, and is off.
+        slot_bytes: Of all slots, where they may hold parts of experts; None where they are whole.
+        slot_divisions: Times that they were cut anew.
+        slot_divisions_failed: Times that they could not be, and stayed as they were.
         graph_captures: Decode steps that were captured as a graph.
         graph_replays: Forward passes that replayed one.
         eager_calls: Why forward passes did not, and how many each.
@@ -91,6 +94,9 @@ class OffloadStats:
     prefetched_bytes: int = 0
     wasted_bytes: int = 0
     prefetch_layers_off: int = 0
+    slot_bytes: int | None = None
+    slot_divisions: int = 0
+    slot_divisions_failed: int = 0
     graph_captures: int = 0
     graph_replays: int = 0
     eager_calls: Mapping[str, int] = field(default_factory=dict)

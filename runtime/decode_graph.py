@@ -130,6 +130,8 @@ class DecodeGraph:
         max_batch: The most rows of a step that is captured.
         compiled: The model's layers, for the steps that are captured; None leaves them as they are.
         hold: Asked before each step: why it must run as it is; None if it need not.
+        before_request: Called where a static KV cache is asked for: a request begins, and none is
+            being served.
     """
 
     def __init__(
@@ -140,6 +142,7 @@ class DecodeGraph:
         max_batch: int,
         compiled: CompiledLayers | None = None,
         hold: Callable[[], str | None] = lambda: None,
+        before_request: Callable[[], None] = lambda: None,
     ) -> None:
         self._model = model
         self._recorder = recorder
@@ -147,7 +150,7 @@ class DecodeGraph:
         self._compiled: Callable[[], AbstractContextManager[None]] = (
             nullcontext if compiled is None else compiled.in_use
         )
-        self._hold = hold
+        self._hold, self._before_request = hold, before_request
         self._is_stale = False
         self._eager: Callable[..., Any] = model.forward
         self._steps: dict[Any, _Step] = {}
@@ -237,6 +240,7 @@ class DecodeGraph:
         if cache_implementation != "static" or self._model.config.is_encoder_decoder:
             stock = self._stock["_prepare_static_cache"]
             return stock(cache_implementation, batch_size, max_cache_len, *args, **kw)
+        self._before_request()
         text_config = self._model.config.get_text_config(decoder=True)
         if not self._kv.fits(text_config, batch_size=batch_size, max_cache_len=max_cache_len):
             self._steps.clear()  # their cache's memory goes, and theirs with it

@@ -41,6 +41,7 @@ from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
 from runtime.prefetch.served import Prefetch, prefetch_bytes, source_for
+from runtime.redivide import MeasuredSplit, Redivider
 from runtime.sizes import parse_bytes
 from runtime.slot_split import SlotSplit
 
@@ -53,7 +54,7 @@ def attach(
     policy: str | Policy = "lru",
     slots: int | Sequence[int] | None = None,
     budget_bytes: int | str | None = None,
-    split: SlotSplit | None = None,
+    split: SlotSplit | MeasuredSplit | None = None,
     predictor: Predictor | None = None,
     device: torch.device | str | None = None,
     store_dir: Path | str | None = None,
@@ -83,9 +84,11 @@ def attach(
         budget_bytes: Instead of ``slots``: memory such as "12GiB". On a CPU that of all slots; on a
             GPU that of everything: other weights, KV cache, activations, workspace, what a
             predictor takes there, and slots.
-        split: Only for a GPU, instead of ``slots``: keep the tops of experts, some neurons of each,
-            in slots that may differ from layer to layer (`runtime.slot_split`). Outputs are the
-            same bits. With ``budget_bytes`` it is refused if it does not fit.
+        split: Only for a GPU: keep the tops of experts, some neurons of each, in slots that may
+            differ from layer to layer. Outputs are the same bits. A `runtime.slot_split.SlotSplit`
+            stands instead of ``slots``, and is refused if ``budget_bytes`` does not hold it; by a
+            `runtime.redivide.MeasuredSplit` the memory that they give is divided by measurements,
+            anew whenever it is due and nobody is served.
         predictor: A fitted predictor for this model; what policies that read forecasts read. On a
             GPU it runs inside the graph if it can (`Predictor.graph_module`), or else on a thread
             that no forward pass waits for. If it fails it is switched off, and policy "lfru" goes
@@ -162,6 +165,7 @@ def attach(
         from runtime.gpu_memory import CHUNK_TOKENS, allocated_bytes, gpu_slots_for_bytes
 
         planned_bytes = None
+        cut = split if isinstance(split, SlotSplit) else None
         if context_tokens is not None or (budget_bytes is not None and slots is None):
             context_tokens = context_of(model, context_tokens)
         if budget_bytes is not None and slots is None:
@@ -179,22 +183,23 @@ def attach(
                 predictor_bytes=forecast_bytes,
                 prefetch_bytes=0 if source is None else prefetch_bytes(layers, predictor),
                 context_tokens=context_tokens,
-                split=split,
+                split=cut,
             )
             planned_bytes = budget - forecast_bytes + allocated_bytes(model, target)
             if trial_tokens is None:
                 trial_tokens = min(CHUNK_TOKENS, context_tokens - 1)
             budget_bytes = None
-        num_slots = split.slots if split else slots_per_layer(spec, slots, budget_bytes)
+        num_slots = cut.slots if cut else slots_per_layer(spec, slots, budget_bytes)
         backend = experts = GpuExperts.build(
             model=model,
             layers=layers,
             spec=spec,
-            slots=split or num_slots,
+            slots=cut or num_slots,
             policy=policy,
             device=target,
             cpu_lane=cpu_lane,
             prefetch_by=source,
+            count_routing=isinstance(split, MeasuredSplit),
         )
         prefetcher = experts.prefetcher
     offload = Offload(
@@ -218,6 +223,9 @@ def attach(
             offload._capture_decoding(model, max_batch=backend.max_graph_tokens, compiled=compiled)
         if trial_tokens and generates:
             offload._try_prompt(model, trial_tokens, planned_bytes)
+        if isinstance(split, MeasuredSplit):
+            assert isinstance(backend, GpuExperts)
+            offload._divide_when_idle(Redivider(backend, split, model))
         if predictor is not None and target.type == "cuda":
             predictor.bind(model)  # now that it is where it runs
         if predictor is not None and policy.foresight == "forecast":

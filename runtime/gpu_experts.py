@@ -24,7 +24,6 @@ from data.adapters import MoELayer, expert_parameters
 from data.schema import MoESpec
 from runtime.backend import OffloadStats
 from runtime.cache import Event
-from runtime.device_cache import DeviceCache
 from runtime.expert_view import ExpertView
 from runtime.gpu_lane import GpuLane, LaneMode
 from runtime.gpu_memory import STAGING_BUFFERS
@@ -36,11 +35,9 @@ from runtime.pass_hooks import watch_passes
 from runtime.pinned_store import PinnedStore
 from runtime.policies.base import Policy
 from runtime.prefetch.options import PrefetchOptions
-from runtime.prefetch.prefetcher import Prefetcher
 from runtime.prefetch.sources import Now, Source
-from runtime.prefetch.speculative import SpeculativePrefetcher
-from runtime.prefill import PrefillExecutor, PrefillStats
-from runtime.slot_pool import SlotPool
+from runtime.prefill import PrefillStats
+from runtime.slot_division import Divider, Division
 from runtime.slot_split import SlotSplit
 
 logger = logging.getLogger(__name__)
@@ -59,9 +56,12 @@ class GpuExperts:
         cpu_lane: Let the host compute a part of what a step misses (`runtime.gpu_lane`).
         prefetch_by: Who says what to prefetch; None prefetches nothing.
         prefetch: How.
+        count_routing: Count what `runtime.redivide` reckons with.
 
     Attributes:
-        split: How slots are cut now.
+        divider: Cuts the slots.
+        num_divisions: How often slots were cut anew.
+        activations: Of each layer's experts.
         cache: The books, on the device.
         device: Where they are.
         max_graph_tokens: The most tokens of a step that can be captured; None if none can.
@@ -86,81 +86,65 @@ class GpuExperts:
         cpu_lane: LaneMode = False,
         prefetch_by: Source | None = None,
         prefetch: PrefetchOptions | None = None,
+        count_routing: bool = False,
     ) -> None:
         self._layers, self._spec, self._store = layers, spec, store
-        self._activations = activations_of(layers)
+        self.activations = activations_of(layers)
         layout, device = store.layout, store.device
-        self.split = slots if isinstance(slots, SlotSplit) else SlotSplit.whole(slots, layout)
-        self.split.check(spec, layout)
-        self._pool = SlotPool(self.split, layout, device)
-        holds_all = self.split.holds_all(spec, layout)
-        self._staging_SP = torch.empty(
-            0 if holds_all else staging_buffers,
-            layout.record_elements,
-            dtype=layout.dtype,
-            device=device,
+        split = slots if isinstance(slots, SlotSplit) else SlotSplit.whole(slots, layout)
+        self.divider = Divider(
+            split,
+            layers=layers,
+            spec=spec,
+            store=store,
+            staging_buffers=staging_buffers,
+            prefetch_by=prefetch_by,
+            prefetch=prefetch or PrefetchOptions(),
+            count_routing=count_routing,
         )
-        self._prefetch_by = prefetch_by if store.is_pinned and not holds_all else None
-        self._prefetch = prefetch or PrefetchOptions()
-        self._divide(self.split, policy)
+        self.num_divisions = 0
+        self._use(self.divider.divide(split, policy))
         elements = workspace_elements(num_tokens=MAX_TOKENS, top_k=spec.top_k, layout=layout)
         self._workspace = torch.empty(elements, device=device)
         self.device: torch.device | None = device
         self.max_graph_tokens: int | None = MAX_TOKENS if store.is_pinned else None
+        staging_SP = self.divider.staging_SP
         self.lane = GpuLane.start(
             cpu_lane,
             store=store,
-            activations=self._activations,
+            activations=self.activations,
             top_k=spec.top_k,
             max_tokens=MAX_TOKENS,
-            scratch=self._slots_LCP[0] if holds_all else self._staging_SP[0],
+            scratch=staging_SP if len(staging_SP) else self._division.slots_LCP[0],
         )
         self._hooks: list[RemovableHandle] = []
         self._model: nn.Module | None = None
         self._home = device
         self._last_stats: OffloadStats | None = None
 
-    def _divide(self, split: SlotSplit, policy: Policy) -> None:
-        """Cut the slots, and make everything that knows where they are."""
-        spec, store, layout = self._spec, self._store, self._store.layout
-        self.split, self._slots_LCP = split, self._pool.cut(split)
-        into_slots = self._prefetch_by is not None and self._prefetch.into == "slots"
-        self.cache = DeviceCache(
-            policy,
-            num_experts=spec.num_experts,
-            top_k=spec.top_k,
-            num_neurons=layout.expert_intermediate_size,
-            memory=self._pool.memory(split),
-            home_address_LE=store.address_LE,
-            max_tokens=MAX_TOKENS,
-            device=store.device,
-            with_prefetch=into_slots,
-        )
-        self.prefetcher: Prefetcher | None = None
-        self.speculative: SpeculativePrefetcher | None = None
-        if self._prefetch_by is not None and self._prefetch.into == "beside":
-            self.speculative = SpeculativePrefetcher(
-                self.cache, store=store, source=self._prefetch_by, options=self._prefetch
-            )
-        elif self._prefetch_by is not None:
-            self.prefetcher = Prefetcher(
-                self.cache, store=store, source=self._prefetch_by, options=self._prefetch
-            )
+    def _use(self, division: Division) -> None:
+        self._division, self.cache = division, division.cache
+        self.prefetcher, self.speculative = division.prefetcher, division.speculative
+        self._prefill, self.later_use_LE = division.prefill, division.later_use_LE
         self._has_begun = False
-        self._prefill = PrefillExecutor(
-            home=store,
-            layout=layout,
-            experts=[moe.experts for moe in self._layers],
-            slots_LCP=self._slots_LCP,
-            cache=self.cache.cache,
-            staging_SP=self._staging_SP,
-            present_LE=self.cache.present_LE,
-        )
-        self.later_use_LE = (
-            self.cache.keep_LE
-            if policy.scores_are_forecasts
-            else torch.zeros(spec.num_layers, spec.num_experts, device=store.device)
-        )
+
+    def divide(self, split: SlotSplit) -> None:
+        """Cut the slots anew, between two forward passes; graphs must be captured anew.
+
+        They are filled with what the policy ranks highest. If that fails the old division stays,
+        empty: its slots might have been written over.
+
+        Raises:
+            ValueError: The split does not fit the model, or the memory.
+        """
+        try:
+            division = self.divider.divide(split, self.cache.policy)
+            division.take_over(self._division)
+        except BaseException:
+            self._division.empty()
+            raise
+        self._use(division)
+        self.num_divisions += 1
 
     @classmethod
     def build(
@@ -175,6 +159,7 @@ class GpuExperts:
         cpu_lane: LaneMode = False,
         prefetch_by: Source | None = None,
         prefetch: PrefetchOptions | None = None,
+        count_routing: bool = False,
     ) -> Self:
         """Take the experts out of ``model`` and move the rest of it to ``device``.
 
@@ -198,6 +183,7 @@ class GpuExperts:
                 cpu_lane=cpu_lane,
                 prefetch_by=prefetch_by,
                 prefetch=prefetch,
+                count_routing=count_routing,
             )
         except BaseException:
             for moe in layers:
@@ -210,6 +196,11 @@ class GpuExperts:
         if backend.lane is not None or fetches is not None:
             backend._hooks = watch_passes(model, backend, from_embedding=fetches is not None)
         return backend
+
+    @property
+    def split(self) -> SlotSplit:
+        """How slots are cut now."""
+        return self._division.split
 
     @property
     def prefill_stats(self) -> PrefillStats:
@@ -324,7 +315,7 @@ class GpuExperts:
             address_E=self.cache.address_LE[layer],
             slot_neurons=slot_neurons,
             layout=self._store.layout,
-            activation=self._activations[layer],
+            activation=self.activations[layer],
             workspace=self._workspace,
             output_TD=output_TD,
             lane=lane,
@@ -332,6 +323,9 @@ class GpuExperts:
         )
         if self.lane is not None:
             self.lane.complete(layer, slot_neurons, ids_TK.numel())
+        counts = self.divider.counts
+        if counts is not None and num_tokens == 1 and layer == self._spec.num_layers - 1:
+            counts.add(self.cache.keep_LE, self.cache.needed_LE)
         if (fetches := prefetcher or self.speculative) is not None:
             fetches.fetch_after(now)
         return output_TD
@@ -372,6 +366,8 @@ class GpuExperts:
             store=self._store,
             lane=self.lane,
             prefetcher=self.prefetcher,
+            slot_bytes=self.split.num_bytes(self._store.layout),
+            num_divisions=self.num_divisions,
         )
 
     def view(self, *, goes_on: bool = True) -> ExpertView:
@@ -394,9 +390,8 @@ class GpuExperts:
             self.lane.close()
         for hook in self._hooks:
             hook.remove()
-        self._slots_LCP.clear()
         del self._prefill, self.cache, self._workspace, self.prefetcher, self.speculative
-        del self._pool, self._staging_SP
+        del self._division, self.divider
         try:
             for moe in self._layers:
                 self._store.give_back(moe, self._home)

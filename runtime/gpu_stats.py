@@ -18,6 +18,8 @@ def gpu_stats(
     store: PinnedStore,
     lane: GpuLane | None,
     prefetcher: Prefetcher | None,
+    slot_bytes: int,
+    num_divisions: int,
 ) -> OffloadStats:
     """The counters as they are now; waits for the device."""
     decode = dict(zip(COUNTERS, cache.counters_LX.sum(0).tolist(), strict=True))
@@ -39,4 +41,6 @@ def gpu_stats(
         prefetched_bytes=round(decode["prefetched_neurons"] * neuron_bytes),
         wasted_bytes=round(decode["wasted_neurons"] * neuron_bytes),
         prefetch_layers_off=prefetcher.review.num_off if prefetcher else 0,
+        slot_bytes=slot_bytes,
+        slot_divisions=num_divisions,
     )

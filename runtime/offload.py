@@ -33,6 +33,7 @@ from runtime.prefetch.sources import TokenForecast
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
 from runtime.resident_planner import ResidentPlanner
+from runtime.redivide import Redivider
 from runtime.resident_routing import ResidentRouting, most_wanted
 from runtime.served_predictor import ServedPredictor
 from runtime.served_residents import ServedResidents, Waiting
@@ -49,7 +50,7 @@ class Offload:
 
     Attributes:
         spec: The model's MoE.
-        slots: C of each MoE layer.
+        slots: C of each MoE layer, as they are now.
         context_tokens: Positions of a sequence that memory on a GPU was planned for; None where
             nothing was planned, and a longer one takes what it takes.
     """
@@ -75,6 +76,7 @@ class Offload:
         self._graph: DecodeGraph | None = None
         self._restricted: ResidentRouting | None = None
         self._residents: ServedResidents | None = None
+        self._redivider: Redivider | None = None
         self._undo = ExitStack()
         self._attached = True
         self._name = f"{NAME_PREFIX}{id(self):x}"
@@ -97,6 +99,8 @@ class Offload:
             stats = self._restricted.add_to(stats)
         if self._residents is not None:
             stats = self._residents.add_to(stats)
+        if self._redivider is not None:
+            stats = self._redivider.add_to(stats)
         return stats if self._graph is None else self._graph.add_to(stats)
 
     def view(self, *, goes_on: bool = True) -> ExpertView:
@@ -196,6 +200,20 @@ class Offload:
             take_use=restricted.take_use,
             waiting=waiting or (lambda limit: ()),
         )
+
+    def between_requests(self) -> None:
+        """Say that no request is being served: what must not happen meanwhile may happen now.
+
+        Slots are divided anew, if that is wanted and due, which takes as long as filling them. Who
+        does not say so pays for it where the next request's KV cache is made.
+        """
+        if self._redivider is not None and self._redivider.when_idle():
+            self._slots_have_moved()
+
+    def _slots_have_moved(self) -> None:
+        assert self._redivider is not None
+        self.slots = self._redivider.split.slots
+        self._capture_anew()
 
     def swap_predictor(self, predictor: Predictor) -> None:
         """Let another predictor forecast from the next pass on, by the policy given at `attach`.
@@ -297,12 +315,17 @@ class Offload:
             max_batch=max_batch,
             compiled=compiled,
             hold=hold,
+            before_request=self.between_requests,
         )
 
     def _capture_anew(self) -> None:
         """Captured steps are out of date."""
         if self._graph is not None:
             self._graph.forget()
+
+    def _divide_when_idle(self, redivider: Redivider) -> None:
+        self._redivider = redivider
+        self._slots_have_moved()
 
     def _try_prompt(self, model: nn.Module, tokens: int, planned_bytes: int | None) -> None:
         """See that memory holds a prompt, and forget it."""

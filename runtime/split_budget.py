@@ -105,24 +105,14 @@ class SplitStatistics:
         self._tokens_L[layer] += 1
 
     def layers(self) -> list["LayerStatistics"]:
-        """Shares instead of counts.
-
-        Raises:
-            ValueError: A layer has seen no token.
-        """
-        if not self._tokens_L.all():
-            raise ValueError(f"tokens seen per layer: {self._tokens_L.tolist()}; needs one in each")
-        return [
-            LayerStatistics(
-                hit_C=np.concatenate([[0.0], used_R.cumsum()]) / (tokens * self.top_k),
-                right_Y=right_Y / tokens,
-                cached_YC=np.pad(rank_YR.cumsum(-1), ((0, 0), (1, 0))) / tokens,
-                top_k=self.top_k,
-            )
-            for used_R, right_Y, rank_YR, tokens in zip(
-                self._used_LR, self._right_LY, self._rank_LYR, self._tokens_L, strict=True
-            )
-        ]
+        """As `shares_of_counts`."""
+        return shares_of_counts(
+            self._used_LR,
+            self._right_LY,
+            self._rank_LYR,
+            tokens_L=self._tokens_L,
+            top_k=self.top_k,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +154,36 @@ class LayerStatistics:
         present_C = self.top_k * self.hit_C[size_C] * share_C
         present_C = present_C + (travels_YC * in_time_YC * self.right_Y[:, None]).sum(0)
         return size_C, present_C.clip(0.0, self.top_k)
+
+
+def shares_of_counts(
+    used_LR: Floats, right_LY: Floats, rank_LYR: Floats, *, tokens_L: Floats, top_k: int
+) -> list[LayerStatistics]:
+    """Shares instead of counts.
+
+    Args:
+        used_LR: Uses of whom had each rank by priority.
+        right_LY: Uses of whom stood at each place of the predicted order.
+        rank_LYR: How often each place's had each rank.
+        tokens_L: That each layer has seen.
+        top_k: K.
+
+    Raises:
+        ValueError: A layer has seen no token.
+    """
+    if not tokens_L.all():
+        raise ValueError(f"tokens seen per layer: {tokens_L.tolist()}; needs one in each")
+    return [
+        LayerStatistics(
+            hit_C=np.concatenate([[0.0], used_R.cumsum()]) / (tokens * top_k),
+            right_Y=right_Y / tokens,
+            cached_YC=np.pad(rank_YR.cumsum(-1), ((0, 0), (1, 0))) / tokens,
+            top_k=top_k,
+        )
+        for used_R, right_Y, rank_YR, tokens in zip(
+            used_LR, right_LY, rank_LYR, tokens_L, strict=True
+        )
+    ]
 
 
 @dataclass(frozen=True, slots=True)

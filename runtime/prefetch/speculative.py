@@ -42,28 +42,35 @@ class SpeculativePrefetcher:
         cache: The books; its slots may hold tops only.
         store: The experts at home, page-locked.
         source: Who says what is likely.
-        options: ``window_s``, ``link_bytes_per_s``, ``share``, ``landing_records`` and
-            ``programs_per_record`` are read.
+        options: ``window_s``, ``link_bytes_per_s``, ``share`` and ``programs_per_record`` are read.
+        buffer_NP: Memory for N records, on the device.
+        said_LE: float32, takes what the source has said of each layer; None if nobody asks.
 
     Attributes:
         allowance: Neurons that may come in a window.
     """
 
     def __init__(
-        self, cache: DeviceCache, *, store: PinnedStore, source: Source, options: PrefetchOptions
+        self,
+        cache: DeviceCache,
+        *,
+        store: PinnedStore,
+        source: Source,
+        options: PrefetchOptions,
+        buffer_NP: Tensor,
+        said_LE: Tensor | None = None,
     ) -> None:
         layout, num_experts = store.layout, cache.present_LE.shape[1]
         device = store.device
-        pieces = min(options.landing_records, num_experts)
+        pieces = len(buffer_NP)
 
         def zeros(count: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=device)
 
         self._cache, self._layout, self._source, self._options = cache, layout, source, options
+        self._said_LE = said_LE
         self._neuron_bytes = layout.num_rows * layout.hidden_size * layout.dtype.itemsize
-        self._buffer_NP = torch.empty(
-            pieces, layout.record_elements, dtype=layout.dtype, device=device
-        )
+        self._buffer_NP = buffer_NP
         bytes_per_s = options.link_bytes_per_s or (
             layout.record_bytes / link_record_s(store, self._buffer_NP[0])
         )
@@ -122,6 +129,8 @@ class SpeculativePrefetcher:
             counters_X=self._cache.counters_LX[layer],
         )
         copy_records(*self._copies, programs_per_record=self._options.programs_per_record)
+        if self._said_LE is not None:
+            self._said_LE[layer].copy_(next_E)
         self._landed_for = layer
 
     def join(self, layer: int) -> Landed | None:

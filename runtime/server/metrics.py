@@ -325,13 +325,12 @@ class ExpertCollector(Collector):
                 )
                 gauge.add_metric([self._model_name, stats.predictor], int(value))
                 yield gauge
-        if spec.expert_bytes_per_layer is not None:
+        slot_bytes = stats.slot_bytes
+        if slot_bytes is None and spec.expert_bytes_per_layer is not None:
             num_bytes = zip(self._offload.slots, spec.expert_bytes_per_layer, strict=True)
-            yield self._gauge(
-                "cache_capacity_bytes",
-                "Memory of all slots.",
-                sum(slots * size for slots, size in num_bytes),
-            )
+            slot_bytes = sum(slots * size for slots, size in num_bytes)
+        if slot_bytes is not None:
+            yield self._gauge("cache_capacity_bytes", "Memory of all slots.", slot_bytes)
 
     def _of_device(self, stats: OffloadStats) -> Iterator[Metric]:
         """How a GPU serves the experts, and each way in which it does not as fast as it could."""
@@ -354,6 +353,12 @@ class ExpertCollector(Collector):
             ("wasted_bytes", "Those of them that nobody needed in time.", stats.wasted_bytes),
             ("graph_captures", "Decode steps captured as a graph.", stats.graph_captures),
             ("graph_replays", "Forward passes that replayed one.", stats.graph_replays),
+            ("slot_divisions", "Times that slots were cut anew.", stats.slot_divisions),
+            (
+                "slot_divisions_failed",
+                "Times that they could not be, and stayed as they were.",
+                stats.slot_divisions_failed,
+            ),
         ):
             yield self._counter(name, text, value)
         yield self._gauge(

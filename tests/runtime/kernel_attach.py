@@ -14,6 +14,9 @@ from runtime.backend import Backend, CpuBackend
 from runtime.engine import Offload
 from runtime.gpu_experts import GpuExperts
 from runtime.policies import make_policy
+from runtime.prefetch.options import PrefetchOptions
+from runtime.prefetch.sources import Source
+from runtime.redivide import MeasuredSplit, Redivider
 from runtime.slot_split import SlotSplit
 from tests.devices import KERNEL_DEVICE
 
@@ -28,6 +31,9 @@ def attach_kernels(
     predictor: Predictor | None = None,
     graph: bool = False,
     chunk_tokens: int | None = None,
+    divided: MeasuredSplit | None = None,
+    prefetch_by: Source | None = None,
+    prefetch: PrefetchOptions | None = None,
 ) -> Offload:
     """What `attach(model, device="cuda")` does, step by step, with kernels."""
     layers, spec = moe_layers(model), spec_of(model)
@@ -39,8 +45,11 @@ def attach_kernels(
         slots=cut,
         policy=make_policy(policy),
         device=torch.device(KERNEL_DEVICE),
+        count_routing=divided is not None,
+        prefetch_by=prefetch_by,
+        prefetch=prefetch,
     )
-    return connected(
+    offload = connected(
         model,
         backend,
         backend.split.slots,
@@ -48,6 +57,9 @@ def attach_kernels(
         graph=graph,
         chunk_tokens=chunk_tokens,
     )
+    if divided is not None:
+        offload._divide_when_idle(Redivider(backend, divided, model))
+    return offload
 
 
 def attach_as_device(

@@ -240,7 +240,7 @@ def test_what_fails_half_way_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError("no room for slots")
 
-    monkeypatch.setattr("runtime.gpu_experts.DeviceCache", fail)
+    monkeypatch.setattr("runtime.slot_division.DeviceCache", fail)
     with pytest.raises(torch.OutOfMemoryError):
         attach_kernels(model)
     monkeypatch.undo()

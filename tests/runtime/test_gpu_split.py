@@ -57,7 +57,7 @@ def check_slots_are_records(backend: GpuExperts) -> None:
             assert present == neurons
             stop = layout.record_elements if neurons == F else neurons * neuron
             record_P = backend._store.record_P(layer, expert)[:stop]
-            assert torch.equal(backend._slots_LCP[layer][slot][:stop].cpu(), record_P)
+            assert torch.equal(backend._division.slots_LCP[layer][slot][:stop].cpu(), record_P)
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,12 @@ def test_slots_take_the_bytes_that_the_split_says() -> None:
     for split in SPLITS.values():
         with attach_kernels(model, slots=split) as offload:
             backend = backend_of(offload)
-            taken_bytes = sum(slots_CP.nbytes for slots_CP in backend._slots_LCP)
-            assert taken_bytes == split.num_bytes(backend._store.layout) == backend._pool.num_bytes
+            taken_bytes = sum(slots_CP.nbytes for slots_CP in backend._division.slots_LCP)
+            assert (
+                taken_bytes
+                == split.num_bytes(backend._store.layout)
+                == backend.divider.pool.num_bytes
+            )
 
 
 def test_a_budget_holds_a_split_to_the_byte() -> None:

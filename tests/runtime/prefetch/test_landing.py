@@ -48,7 +48,7 @@ def test_no_bit_and_no_resident_changes_and_what_came_true_is_not_missed(
             for expert, slot in enumerate(fetching.cache.cache.slot_of_LE[layer].tolist()):
                 if slot >= 0:
                     record_P = fetching._store.record_P(layer, expert)
-                    assert torch.equal(fetching._slots_LCP[layer][slot].cpu(), record_P)
+                    assert torch.equal(fetching._division.slots_LCP[layer][slot].cpu(), record_P)
     with_it, without = counted(fetching), counted(plain)
     assert with_it["missed_neurons"] + with_it["used_neurons"] == without["missed_neurons"]
     assert with_it["used_neurons"] + with_it["wasted_neurons"] == with_it["prefetched_neurons"]

@@ -63,7 +63,7 @@ def test_slots_hold_what_the_books_call_present() -> None:
         for layer in range(3):
             for expert, slot in enumerate(backend.cache.cache.slot_of_LE[layer].tolist()):
                 elements = int(backend.cache.present_LE[layer, expert]) * 3 * 32
-                slot_P = backend._slots_LCP[layer][slot][:elements].cpu()
+                slot_P = backend._division.slots_LCP[layer][slot][:elements].cpu()
                 assert torch.equal(slot_P, backend._store.record_P(layer, expert)[:elements])
 
 

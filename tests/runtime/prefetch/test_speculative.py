@@ -39,8 +39,8 @@ def test_what_came_true_is_not_missed_and_nothing_else_changes(neurons: int) -> 
         assert torch.equal(held_LE, plain.cache.cache.slot_of_LE)
         for layer in range(3):
             taken = held_LE[layer][held_LE[layer] >= 0]
-            slots_CP, plain_CP = fetching._slots_LCP[layer], plain._slots_LCP[layer]
-            assert torch.equal(slots_CP[taken], plain_CP[taken])
+            ours, theirs = (b._division.slots_LCP[layer][taken] for b in (fetching, plain))
+            assert torch.equal(ours, theirs)
     with_it, without = counted(fetching), counted(plain)
     assert with_it["missed_neurons"] + with_it["used_neurons"] == without["missed_neurons"]
     assert with_it["used_neurons"] + with_it["wasted_neurons"] == with_it["prefetched_neurons"]
