@@ -32,8 +32,8 @@ from runtime.observer import Observer, PassRow
 from runtime.prefetch.sources import TokenForecast
 from runtime.prefill_chunks import chunked_prefill
 from runtime.prompt_trial import check_prompt_fits
-from runtime.resident_planner import ResidentPlanner
 from runtime.redivide import Redivider
+from runtime.resident_planner import ResidentPlanner
 from runtime.resident_routing import ResidentRouting, most_wanted
 from runtime.served_predictor import ServedPredictor
 from runtime.served_residents import ServedResidents, Waiting
