@@ -11,6 +11,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from runtime.server.expert_counts import Counted
 from runtime.server.metrics import ExpertCollector
 from runtime.server.objectives import Objectives
 from tests.runtime.server.clients import NAME
@@ -42,10 +43,12 @@ def exposed() -> dict[str, Exposed]:
         body = {"model": NAME, "prompt": "hi", "max_tokens": 3}
         httpx.post(f"{url}/v1/completions", json=body, timeout=WAIT_S).raise_for_status()
         text = httpx.get(f"{url}/metrics").text
-    lossy = FakeOffload()
-    lossy.counted = dataclasses.replace(NOTHING, mode="resident_only", requests_of_task={"code": 1})
+    counted = dataclasses.replace(NOTHING, mode="resident_only", requests_of_task={"code": 1})
+    collector = ExpertCollector(
+        cast(Any, FakeOffload()), counts=lambda: Counted(counted, 0.0), model_name=NAME
+    )
     registry = CollectorRegistry()
-    registry.register(ExpertCollector(cast(Any, lossy), model_name=NAME))
+    registry.register(collector)
     return {
         sample.name: Exposed(family.type, set(sample.labels), sample.value)
         for text in (generate_latest(registry).decode(), text)
