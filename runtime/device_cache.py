@@ -35,7 +35,7 @@ What was prefetched, and evicted before any use, is wasted: all of its neurons t
 is needed first is used, as far as it had come. What a prefetch evicts counts among the evictions,
 and is displaced. It is regretted if it is missed before everything prefetched in its layer has been
 used, or has gone: an upper bound, since some of it would have gone by itself. What lands beside the
-slots (`runtime.prefetch.landing`) is used or wasted at the next event, and displaces nothing.
+slots (`runtime.prefetch.landing`) is used or wasted at its layer's event, and displaces nothing.
 """
 CHUNK_NEURONS = 64  # a prefix ends at a multiple of it, or at the slot's end
 

@@ -208,7 +208,7 @@ def attach(
         slots=num_slots,
         backend=backend,
         context_tokens=context_tokens,
-        prefetch_by=source,
+        prefetch_by=source if prefetcher is not None else None,
     )
     if prefetcher is not None:
         prefetcher.review.on_change = offload._capture_anew

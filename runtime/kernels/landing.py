@@ -71,12 +71,14 @@ def _land(
 
     # What the event misses is on the link: then copies wait for it, and have less time.
     waits = 0
+    has_experts_time = 0
     if HAS_EVENT:
         a = tl.arange(0, A_BLOCK)
         active = (a < tl.load(num_active_1)) & (a < num_entries)
         present = tl.load(active_present_A + a, mask=active, other=num_neurons)
         waits = tl.max((present < num_neurons).to(tl.int32), 0)
-    allowance = tl.load(allowance_2 + (1 - waits))
+        has_experts_time = 1 - waits
+    allowance = tl.load(allowance_2 + has_experts_time)
 
     # Pieces are for layers to come; what is of others has been claimed, or was for nothing.
     n = tl.arange(0, N_BLOCK)
@@ -220,8 +222,8 @@ def land(
         first_layer: Of those layers.
         is_first: No piece is held: the pass begins.
         active: The event that is to compute now; None where a pass begins.
-        allowance_2: int32, neurons of all pieces together: where the event misses something, and
-            where it does not.
+        allowance_2: int32, neurons of all pieces together: where the event misses something, or a
+            pass begins, and where the event misses nothing.
         left_1: int32, what is left of them; written.
         waits_1: int32, whether the event misses something; written.
         num_neurons: F.

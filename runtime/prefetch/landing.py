@@ -88,8 +88,8 @@ class Landing:
             next_HE: float32, their probabilities of use.
             active: The event before them, `claim` has been called for; None where a pass begins.
             least_L: float32, the least that is worth it in each layer of the model.
-            allowance_2: int32, neurons that may come: where that event misses something, and where
-                not; no more than `max_neurons`.
+            allowance_2: int32, neurons that may come, no more than `max_neurons`: without the time
+                that the event's experts take, and with it, for an event that misses nothing.
             left_1: int32, takes what is left of them.
             is_first: Of a pass: what lies in the buffer is an earlier one's.
 

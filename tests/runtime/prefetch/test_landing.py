@@ -140,7 +140,7 @@ def test_the_likeliest_absent_experts_of_all_layers_land_window_after_window(
             came, left = plain.fetch(
                 likely,
                 first_layer=layer + 1,
-                allowance=shorter if misses else longer,
+                allowance=shorter if misses or active is None else longer,
                 is_first=layer < 0,
             )
             assert int(left_1) == left
@@ -193,3 +193,14 @@ def test_slots_of_tops_only_are_refused() -> None:
     cache = make(make_policy("lru"), slots=[2], num_experts=4, top_k=1, kernels=False, held=64)
     with pytest.raises(ValueError, match="landing needs slots that hold whole experts"):
         Landing(cache, layout=experts(source=None)._store.layout, pieces=1, layers_ahead=1)
+
+
+def test_where_experts_are_many_fewer_layers_are_looked_at() -> None:
+    def layers_ahead(num_experts: int, asked: int) -> int:
+        cache = make(
+            make_policy("lru"), slots=[2] * 6, num_experts=num_experts, top_k=1, kernels=False
+        )
+        layout = layout_of(cache.num_neurons)
+        return Landing(cache, layout=layout, pieces=1, layers_ahead=asked).layers_ahead
+
+    assert [layers_ahead(8, 12), layers_ahead(8, 3), layers_ahead(200, 12)] == [6, 3, 2]

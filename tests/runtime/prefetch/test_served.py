@@ -146,5 +146,8 @@ def test_a_served_model_prefetches_by_its_predictor_and_says_the_same() -> None:
         assert offload.stats().prefetched_bytes == before
         assert offload.stats().prefetch_layers_off == spec.num_layers
         assert offload._predictor is not None
+        assert source.next_layers is not None
+        offload.swap_predictor(habit_for(model, AnythingNext))
+        assert source.next_layers is None, "the new one has learned nothing of next layers"
         offload._predictor._go_without(ZeroDivisionError())
         assert not source.next_LE.any(), "what nobody expects is not prefetched"
