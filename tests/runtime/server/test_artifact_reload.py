@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -247,23 +246,6 @@ def test_one_that_cannot_serve_is_not_tried_again_until_sighup(
         assert (reloader.num_reloads, reloader.num_refusals) == (0, 1)
         reloader.request()
         wait_until(lambda: reloader.num_reloads == 1)
-
-
-def test_a_change_that_is_under_way_when_patience_ends_counts_as_made(serving: Any) -> None:
-    engine, _, _, _ = serving
-    is_begun, may_end = threading.Event(), threading.Event()
-    made: list[str] = []
-
-    def slow() -> None:
-        is_begun.set()
-        may_end.wait(20)
-        made.append("changed")
-
-    waiting = threading.Thread(target=lambda: (is_begun.wait(20), may_end.wait(0.1), may_end.set()))
-    waiting.start()
-    engine.between_steps(slow, timeout_s=0.01)
-    waiting.join()
-    assert made == ["changed"]
 
 
 def test_sighup_without_a_predictor_is_told_and_kills_nobody(
