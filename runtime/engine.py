@@ -40,6 +40,7 @@ from runtime.graph_forecasts import device_bytes
 from runtime.offload import Offload
 from runtime.policies import make_policy
 from runtime.policies.base import Policy
+from runtime.prefetch.options import PrefetchOptions
 from runtime.prefetch.served import Prefetch, prefetch_bytes, source_for
 from runtime.redivide import MeasuredSplit, Redivider
 from runtime.sizes import parse_bytes
@@ -158,7 +159,7 @@ def attach(
             store_dir=store_dir,
             record_events=record_events,
         )
-        planned_bytes = prefetcher = None
+        planned_bytes = prefetcher = fetches = None
     else:
         check_gpu_options(target, store_dir=store_dir, record_events=record_events)
         from runtime.gpu_experts import GpuExperts  # its kernels need triton
@@ -199,16 +200,18 @@ def attach(
             device=target,
             cpu_lane=cpu_lane,
             prefetch_by=source,
+            prefetch=None if split is None else PrefetchOptions(into="beside"),
             count_routing=isinstance(split, MeasuredSplit),
         )
         prefetcher = experts.prefetcher
+        fetches = prefetcher or experts.speculative
     offload = Offload(
         layers=layers,
         spec=spec,
         slots=num_slots,
         backend=backend,
         context_tokens=context_tokens,
-        prefetch_by=source if prefetcher is not None else None,
+        prefetch_by=source if fetches is not None else None,
     )
     if prefetcher is not None:
         prefetcher.review.on_change = offload._capture_anew

@@ -157,8 +157,9 @@ def test_a_division_that_cannot_be_applied_leaves_the_old_one(
 class Guess:
     """The same three experts everywhere."""
 
-    def next_E(self, layer: int, now: Now) -> Tensor:
-        return torch.tensor([0.9, 0.5, 0.2] + [0.0] * (E - 3), device=KERNEL_DEVICE)
+    def next_HE(self, layers: range, now: Now) -> Tensor:
+        next_E = torch.tensor([0.9, 0.5, 0.2] + [0.0] * (E - 3), device=KERNEL_DEVICE)
+        return next_E.expand(len(layers), E).contiguous()
 
 
 @pytest.mark.parametrize(("search", "guessed"), [("algorithm1", True), ("optimal", False)])
