@@ -100,7 +100,10 @@ def fit_next_layers(
     # A mean routing is to add nothing: every row gives up its share of what it would.
     by_mean_LDE = torch.einsum("lx,lxde->lde", mean_LE, way_LXDE.detach())
     centred_LXDE = way_LXDE.detach() - by_mean_LDE[:, None] / traces.spec.top_k
-    return NextLayers(way_LXDE=centred_LXDE, scale_L=scale_L, bias_LE=bias_LE).cpu()
+    # An artifact holds halves: what is judged is what is served.
+    return NextLayers(
+        way_LXDE=centred_LXDE.half(), scale_L=scale_L.half(), bias_LE=bias_LE.half()
+    ).cpu()
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The forecaster learns what can be learned, sees no future, and survives odd traces."""
 
+import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -199,6 +200,26 @@ def test_the_same_seed_fits_the_same_and_another_seed_does_not(traces: TraceList
     name = "nets.0.say_next.weight"
     assert torch.equal(once.tensors()[name], twice.tensors()[name])
     assert not torch.equal(once.tensors()[name], other.tensors()[name])
+
+
+def test_what_it_learned_of_next_layers_is_part_of_an_artifact(fitted: Forecaster) -> None:
+    tensors, spec = dict(fitted.tensors()), fitted.fitted_spec()
+    again, older = (Forecaster(**SMALL, num_nets=2) for _ in range(2))
+    again.load_state(spec, tensors)
+    assert fitted.next_layers is not None
+    assert again.next_layers is not None
+    ids_1K = torch.arange(spec.top_k)[None]
+    next_LE = torch.full((spec.num_layers, spec.num_experts), 0.25)
+    said = []
+    for learned in (fitted.next_layers, again.next_layers):
+        learned = copy.deepcopy(learned)
+        learned._has_kernels = False
+        said.append(learned.look_ahead(0, ids_1K, next_LE, 2))
+    assert torch.equal(*said)
+    older.load_state(
+        spec, {name: t for name, t in tensors.items() if not name.startswith("next_layers.")}
+    )
+    assert older.next_layers is None
 
 
 def test_the_report_says_where_the_time_went(traces: TraceList) -> None:
