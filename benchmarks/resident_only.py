@@ -19,8 +19,9 @@ request itself uses most under the full model ("own", which nobody knows before)
 Speed, by `attach` with as many slots: restricted ("popular"), exact (policy lru), and with all
 experts resident, in turns, ``repeats`` rounds. Latency: greedy answers to one request at a time,
 whole and to the first token, prompt included. Throughput: answer tokens a second one request at a
-time, and of all ``timed_prompts`` together in one batch. Memory saved: experts without a slot. No
-speed is told without its quality.
+time, and of all ``timed_prompts`` together in one batch. On a busy machine the share of the speed
+with all experts, round by round, tells more than seconds do. Memory saved: experts without a slot.
+No speed is told without its quality.
 
 What reading a request's task adds is measured by `benchmarks.resident_tasks`. Ends with one line of
 JSON.
@@ -161,6 +162,17 @@ def told(rounds: Sequence[Speed], num_tokens: int) -> dict[str, Any]:
     }
 
 
+def compared(rounds: Sequence[Speed], whole: Sequence[Speed]) -> dict[str, Any]:
+    """How fast as with all experts resident, round by round: what slows both cancels out."""
+    pairs = list(zip(rounds, whole, strict=True))
+    return {
+        "of_all_resident": spread([sum(b.request_s) / sum(a.request_s) for a, b in pairs]),
+        "batch_of_all_resident": spread(
+            [a.batch_tokens_per_s / b.batch_tokens_per_s for a, b in pairs]
+        ),
+    }
+
+
 def measure_quality(
     model: Any, slots: int, popular_LE: Tensor, judged: Sequence[Full], *, seeds: int, store: str
 ) -> dict[str, Any]:
@@ -216,7 +228,11 @@ def measure_speed(
             with attach(model, store_dir=store, **how):
                 answered(model, prompts[0], options.answer_tokens)  # warms caches and allocator
                 rounds[name].append(speed_of(model, prompts, options.answer_tokens))
-    return {name: told(found, options.answer_tokens) for name, found in rounds.items()}
+    whole = rounds["all_resident"]
+    return {
+        name: {**told(found, options.answer_tokens), **compared(found, whole)}
+        for name, found in rounds.items()
+    }
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -295,6 +311,11 @@ def main(arguments: Sequence[str]) -> None:
                         ("batch_tokens_per_s", 1),
                     )
                 ),
+                " / ".join(
+                    f"{speed[way][key]['median']:.2f}"
+                    for way in ("resident_only", "exact")
+                    for key in ("of_all_resident", "batch_of_all_resident")
+                ),
             ]
         )
     header = [
@@ -309,8 +330,10 @@ def main(arguments: Sequence[str]) -> None:
         "ms a request",
         "tok/s",
         "tok/s in a batch",
+        "of all resident",
     ]
     print("speeds: lossy / exact / all resident")
+    print("of all resident: lossy alone / in a batch / exact alone / in a batch")
     print(f"{result['model']}; full model's perplexity {result['full_perplexity']:.1f}")
     print(format_table(header, table))
     record(

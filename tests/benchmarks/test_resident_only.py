@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.resident_only import Options, Speed, run, told
+from benchmarks.resident_only import Options, Speed, compared, run, told
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,21 @@ def test_latencies_are_over_all_requests_and_throughputs_over_rounds() -> None:
     assert found["batch_tokens_per_s"]["median"] == 40.0
 
 
+def test_shares_are_of_the_same_round() -> None:
+    """The second round was twice as slow for both."""
+    half = [Speed([2.0], [1.0], 10.0), Speed([4.0], [1.0], 5.0)]
+    whole = [Speed([1.0], [1.0], 40.0), Speed([2.0], [1.0], 20.0)]
+    found = compared(half, whole)
+    assert (found["of_all_resident"]["min"], found["of_all_resident"]["max"]) == (0.5, 0.5)
+    assert found["batch_of_all_resident"]["median"] == 0.25
+
+
 def test_every_speed_has_its_quality_beside_it(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         assert row["mode"] == "resident_only"
         assert set(row["quality"]) == {"popular", "random", "own"}
         assert set(row["speed"]) == {"resident_only", "exact", "all_resident"}
+        assert row["speed"]["all_resident"]["of_all_resident"]["median"] == 1.0
         for speed in row["speed"].values():
             assert 0 < speed["first_token_s_p50"] < speed["request_s_p50"] <= speed["request_s_p99"]
             assert speed["tokens_per_s"]["median"] > 0
