@@ -116,7 +116,9 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
         raise ValueError(f"prefetch={cfg.prefetch}: must be one of false, true, auto")
     mode: Mode = cfg.serve.engine
     if is_lossy(cfg, device):
-        return "batched" if mode == "batched" else "single"  # auto: every request's own residents
+        if mode == "auto":
+            log.info("serve.engine=auto: one after the other, so that each has its own residents")
+        return "single" if mode == "auto" else mode
     if device.type == "cpu" or _is_share(cfg):
         return mode
     if mode == "batched":

@@ -189,6 +189,24 @@ def test_what_the_mode_cannot_go_with_is_said_before_a_model_is_loaded(
         serve.run(lossy(tmp_path, tmp_path / "none", *overrides))
 
 
+@pytest.mark.parametrize(
+    ("asked", "used"), [("auto", "single"), ("single", "single"), ("batched", "batched")]
+)
+def test_sequences_run_one_by_one_unless_batches_are_asked_for(
+    tmp_path: Path, profile: Path, asked: str, used: str
+) -> None:
+    cfg = lossy(tmp_path, profile, f"serve.engine={asked}", "serve.resident_period=2")
+    assert serve.engine_mode(cfg, torch.device("cpu")) == used
+
+
+def test_an_engine_that_is_none_is_no_other(
+    tmp_path: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "serve", lambda *_, **__: None)
+    with pytest.raises(ValueError, match="mode='grouped': must be one of"):
+        serve.run(lossy(tmp_path, profile, "serve.engine=grouped"))
+
+
 def test_a_profile_that_is_none_or_of_another_model_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
