@@ -17,6 +17,7 @@ from runtime.gpu_memory import gpu_slots_for_bytes
 from runtime.offload import Offload
 from runtime.slot_split import SlotSplit
 from tests.families import tiny_model
+from tests.predictors.graph_fakes import untrained_forecaster
 from tests.runtime.kernel_attach import attach_kernels
 
 F = 192
@@ -161,3 +162,30 @@ def test_a_split_changes_no_bit_of_what_is_generated_by_graphs(family: str) -> N
     for name, split in SPLITS.items():
         for ours, theirs in zip(said(split=split), whole, strict=True):
             assert torch.equal(ours, theirs), name
+
+
+@pytest.mark.gpu
+def test_a_predictor_fetches_bottoms_for_a_served_split_and_no_bit_changes() -> None:
+    model = model_of("mixtral", torch.bfloat16)
+    said = []
+    for prefetch in (False, True):
+        with attach(
+            model,
+            device="cuda",
+            policy="forecast",
+            predictor=untrained_forecaster(spec_of(model)),
+            split=SPLITS["one chunk of each"],
+            prefetch=prefetch,
+        ) as offload:
+            answer = model.generate(
+                torch.tensor([PROMPT], device="cuda"),
+                max_new_tokens=24,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            stats = offload.stats()
+            assert not stats.predictor_failed
+            assert (stats.prefetched_bytes > 0) == prefetch
+        said.append(torch.stack(answer.logits).cpu())
+    assert torch.equal(*said)
