@@ -52,7 +52,6 @@ from benchmarks.replay_shapes import SHAPES, Shape
 from benchmarks.replay_testbed import ReplayTestbed, filled_store
 from data.errors import MoecastError
 from data.machine import hardware
-from runtime.budget import slots_at
 from runtime.kernels.activation import Activation
 from runtime.prefetch.options import PrefetchOptions
 from runtime.slot_split import SlotSplit
@@ -134,7 +133,8 @@ def measure(options: Options) -> dict[str, Any]:
     times = split_times(bed, store, resident_step_s=resident_step_s, rate=link_bytes_per_s)
     timer.say(f"{times}")
     layers = counted_before(bed, shape, options)
-    buffered = options.residency * bed.num_layers * bed.num_experts - bed.top_k
+    memory = options.residency * bed.num_layers * bed.num_experts
+    buffered = memory - bed.top_k
     plans = {
         "Algorithm 1": allocate(buffered, layers, times),
         "optimal": allocate_optimally(buffered, layers, times, unit=0.5),
@@ -158,7 +158,7 @@ def measure(options: Options) -> dict[str, Any]:
     def row(name: str, policy: str, split: SlotSplit, source: ToldScores | None = said) -> OwnRow:
         return OwnRow(bed, store, policy, split=split, source=source, prefetch=prefetch, name=name)
 
-    slots = slots_at(options.residency, bed.spec)
+    unsplit = SlotSplit.of_plan(equal(memory, layers, times, share=1.0), bed.layout)
     rows: list[Row] = [
         row("full", "lcp", splits["Algorithm 1"]),
         row("w/o SP (random prefetch)", "lcp", splits["Algorithm 1"], guessed),
@@ -167,7 +167,7 @@ def measure(options: Options) -> dict[str, Any]:
         row("full, best division", "lcp", splits["optimal"]),
         row("full, no prefetch", "lcp", splits["Algorithm 1"], None),
         row("full, whole experts", "lcp", splits["whole"]),
-        OwnRow(bed, store, "lfru", slots=slots, name="ours: whole, lfru"),
+        OwnRow(bed, store, "lfru", split=unsplit, name="ours: whole, lfru"),
     ]
     if options.forecaster_state:
         forecaster = fitted_forecaster(shape, options.forecaster_state)
@@ -176,7 +176,7 @@ def measure(options: Options) -> dict[str, Any]:
                 bed,
                 store,
                 "forecast",
-                slots=slots,
+                split=unsplit,
                 predictor=forecaster,
                 name="ours: whole, forecaster",
             )
@@ -271,10 +271,12 @@ def counted_before(bed: ReplayTestbed, shape: Shape, options: Options) -> list[L
 def equal(
     memory: float, layers: Sequence[LayerStatistics], times: SplitTimes, *, share: float
 ) -> SplitPlan:
-    """The same memory for every layer, and so thick tops of as many experts as that holds."""
-    equal_L = np.full(len(layers), memory / len(layers))
-    cached_L = np.floor(equal_L / share).clip(1, layers[0].num_experts).astype(np.int64)
-    memory_L = np.minimum(equal_L, cached_L * share)
+    """So thick tops of the same number of experts in every layer, one more where memory is left."""
+    num_layers, most = len(layers), layers[0].num_experts
+    tops = min(int(memory / share + 1e-9), num_layers * most)
+    cached_L = np.full(num_layers, tops // num_layers, np.int64)
+    cached_L[np.linspace(0, num_layers, tops % num_layers, endpoint=False).astype(np.int64)] += 1
+    memory_L = cached_L.astype(np.float64) * share
     return SplitPlan(memory_L, cached_L, stall_of(memory_L, cached_L, layers, times))
 
 

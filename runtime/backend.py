@@ -52,7 +52,7 @@ class OffloadStats:
         prefetched_bytes: Bytes that decode steps brought ahead of their use.
         wasted_bytes: Those of them that nobody needed while they were there.
         prefetch_layers_off: Layers where prefetching has lost, and is off.
-        slot_bytes: Of all slots, where they may hold parts of experts; None where they are whole.
+        slot_bytes: Of all slots of a GPU, which may hold parts of experts; None on a CPU.
         slot_divisions: Times that they were cut anew.
         slot_divisions_failed: Times that they could not be, and stayed as they were.
         graph_captures: Decode steps that were captured as a graph.

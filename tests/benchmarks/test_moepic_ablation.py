@@ -45,8 +45,10 @@ def test_a_random_order_finds_what_chance_finds() -> None:
     assert float(found) == pytest.approx(K / E, abs=0.02)
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0])
-def test_equal_divisions_stay_within_the_memory(share: float) -> None:
+@pytest.mark.parametrize(
+    ("share", "cached"), [(0.5, [7, 7]), (1.0, [4, 3]), (0.25, [8, 8]), (2 / 3, [5, 5])]
+)
+def test_equal_divisions_use_the_memory_and_no_more(share: float, cached: list[int]) -> None:
     statistics = SplitStatistics(num_layers=2, num_experts=8, top_k=2)
     for layer in range(2):
         used_E = torch.arange(8).lt(2).numpy()
@@ -54,8 +56,8 @@ def test_equal_divisions_stay_within_the_memory(share: float) -> None:
         statistics.add(layer, priority_E=scores_E, used_E=used_E, said_E=scores_E)
     times = SplitTimes(attention_s=1e-4, moe_s=1e-4, head_s=1e-4, load_s=1e-3)
     plan = equal(7.0, statistics.layers(), times, share=share)
-    assert plan.cached_L.tolist() == [3.5 // share] * 2
-    assert plan.share_L.tolist() == [share] * 2
+    assert plan.cached_L.tolist() == cached
+    assert plan.share_L.tolist() == pytest.approx([share] * 2)
     assert plan.memory_L.sum() <= 7.0
 
 
