@@ -137,13 +137,8 @@ class GpuExperts:
         Raises:
             ValueError: The split does not fit the model, or the memory.
         """
-        try:
-            division = self.divider.divide(split, self.cache.policy)
-            division.take_over(self._division)
-        except BaseException:
-            self._division.empty()
-            raise
-        self._use(division)
+        self.before_pass()  # what a broken pass still copies goes where it was meant to
+        self._use(self.divider.replace(self._division, split))
         self.num_divisions += 1
 
     @classmethod

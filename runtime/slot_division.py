@@ -99,6 +99,21 @@ class Divider:
         split.check(self.spec, self.store.layout)
         return Division(split, policy, self)
 
+    def replace(self, before: "Division", split: SlotSplit) -> "Division":
+        """Cut the memory anew; if that fails, ``before`` is empty and may be used again.
+
+        Raises:
+            ValueError: As `divide`.
+        """
+        try:
+            with torch.inference_mode(mode=False):  # whose tensors could be changed nowhere else
+                division = self.divide(split, before.cache.policy)
+                division.take_over(before)
+        except BaseException:
+            before.empty()  # its slots might have been written over
+            raise
+        return division
+
 
 class Division:
     """Slots that are cut in one way; `Divider.divide` makes it.
