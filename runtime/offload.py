@@ -207,7 +207,7 @@ class Offload:
         Slots are divided anew, if that is wanted and due, which takes as long as filling them. Who
         does not say so pays for it where the next request's KV cache is made.
         """
-        if self._redivider is not None and self._redivider.when_idle():
+        if self._attached and self._redivider is not None and self._redivider.when_idle():
             self._slots_have_moved()
 
     def _slots_have_moved(self) -> None:

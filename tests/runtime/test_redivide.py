@@ -104,6 +104,8 @@ def test_another_division_between_two_requests_changes_no_bit_and_forgets_nothin
         assert offload.stats().graph_captures > captures, "steps were captured anew"
         check_slots(backend)
         assert offload.stats().slot_divisions == 1, "the same split again is none"
+    offload.between_requests()  # detached: there is nothing to divide
+    assert offload.stats().slot_divisions == 1
 
 
 def test_the_next_requests_cache_is_a_moment_too_and_no_earlier_than_it_is_due(
