@@ -19,6 +19,7 @@ Shape letters: B requests.
 import dataclasses
 import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -56,18 +57,23 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures CUDA graphs that share one pool of memory."""
+    """Captures CUDA graphs that share one pool of memory, as long as there is one of them.
+
+    A pool whose last graph has gone must not be captured into again: torch's allocator may still
+    hold it, for a tensor that somebody kept, and refuses.
+    """
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        self._graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def record(self, step: _StepFn, cache: Cache) -> _StepFn:
         """As `Recorder.record`; the outputs are at the same addresses after every replay."""
         graph = torch.cuda.CUDAGraph()
+        pool = next((other.pool() for other in self._graphs), None)
         # Other threads (a server's, a tokenizer's) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             output = without_cache(step(cache))
-        self._pool = graph.pool()
+        self._graphs.add(graph)
 
         def replay(cache: Cache) -> Any:
             graph.replay()
