@@ -181,6 +181,10 @@ class OwnRow(Row):
         if self._experts is not None and self._experts.lane is not None:
             self._experts.lane.close()
         self._replay = self._experts = None
+        if self.testbed.device.type == "cuda":
+            # A row's slots are one piece. Kept, it would be cut up for the next row's smaller one,
+            # and the row after that would find no piece of its size.
+            torch.cuda.empty_cache()
         ALL_EXPERTS_FUNCTIONS.pop(self._IMPLEMENTATION, None)
 
     def _step_of_the_model(self) -> Callable[[], None]:

@@ -210,6 +210,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
     "demo": _demo,
     "embedders": _embedders,
     "fit_speed": _fit_speed,
+    "fit_speed_cpu": _fit_speed,
     "forecaster": _forecaster,
     "gptoss20b": _demo,
     "index": _index,

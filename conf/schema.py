@@ -80,7 +80,7 @@ class ServeConfig:
     device: str = "auto"
     compile_layers: bool = False
     cpu_lane: Any = False
-    prefetch: Any = "auto"
+    prefetch: Any = False
 
 
 def register() -> None:

@@ -62,7 +62,7 @@ def attach(
     record_events: bool = False,
     compile_layers: bool = False,
     cpu_lane: bool | Literal["auto"] = False,
-    prefetch: Prefetch = "auto",
+    prefetch: Prefetch = False,
     trial_tokens: int | None = None,
     context_tokens: int | None = None,
     mode: Literal["lossless", "resident_only"] = "lossless",

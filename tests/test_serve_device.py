@@ -57,7 +57,7 @@ def test_bytes_are_of_everything_on_a_gpu_and_of_slots_on_a_cpu(tmp_path: Path) 
     def told(budget: str, device: torch.device) -> dict[str, Any]:
         return serve.place(configuration(stores, f"budget={budget}"), spec, device)
 
-    options = {"compile_layers": False, "cpu_lane": False, "prefetch": "auto"}
+    options = {"compile_layers": False, "cpu_lane": False, "prefetch": False}
     on_gpu = options | {"device": GPU, "context_tokens": None}
     assert told("25%", CPU) == options | {"device": CPU, "slots": 4, "store_dir": str(tmp_path)}
     assert told("25%", GPU) == on_gpu | {"slots": 4}
