@@ -31,7 +31,7 @@ from data.splits import split_by_topic
 from data.tables import format_table
 from predictors.forecaster import Forecaster
 
-PARTS = ("features", "training", "calibration", "rule")
+PARTS = ("features", "training", "calibration", "next_layers", "rule")
 
 
 @dataclass

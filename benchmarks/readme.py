@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.fit_speed import PARTS
 from benchmarks.record import RESULTS, ROOT
 from data.tables import format_table
 from predictors.fit.report import summary_rows
@@ -114,7 +115,7 @@ def _forecaster(result: dict[str, Any]) -> str:
 
 
 def _fit_speed(result: dict[str, Any]) -> str:
-    parts = ("features", "training", "calibration", "rule")
+    parts = [part for part in PARTS if f"{part}_s" in result["fits"][0]]
     rows = [
         [
             "first" if n == 0 else "again",
