@@ -22,7 +22,7 @@ Ends with one line of JSON.
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -291,6 +291,7 @@ def run(options: Options) -> dict[str, Any]:
                         jobs, admits[_SIMULATED[name]], costs=costs, max_batch=options.max_batch
                     )
                     cell.simulated.append(float(np.mean([one.keeps for one in by_costs])))
+                    _say(cells, options.repeats, f"load {load:g}, {name}: {cell.kept[-1]:.1%} kept")
     return {
         "costs": {
             name: getattr(costs, name) for name in ("fixed_s", "sequence_s", "prompt_token_s")
@@ -300,6 +301,13 @@ def run(options: Options) -> dict[str, Any]:
             for (load, name), cell in cells.items()
         ],
     }
+
+
+def _say(cells: Mapping[tuple[float, str], Cell], repeats: int, what: str) -> None:
+    """A line of progress to standard error."""
+    took_s = [one for cell in cells.values() for one in cell.took_s]
+    left_s = sum(took_s) / len(took_s) * (len(cells) * repeats - len(took_s))
+    print(f"{len(took_s)} of {len(cells) * repeats}: {what}; {left_s:.0f} s more", file=sys.stderr)
 
 
 def main(arguments: Sequence[str]) -> None:
