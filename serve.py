@@ -48,6 +48,8 @@ from runtime.server.generation import GenerationEngine
 from runtime.server.logs import use_format
 from runtime.server.objectives import Objectives
 from runtime.server.options import Limits, ServerOptions
+from runtime.server.overlap import OVERLAP
+from runtime.server.path_choice import MODES as ENGINES
 from runtime.server.path_choice import Mode
 from runtime.server.recording import open_recording
 from runtime.server.run import bind, serve
@@ -115,6 +117,8 @@ def engine_mode(cfg: DictConfig, device: torch.device) -> Mode:
     if cfg.prefetch not in (False, True, "auto"):
         raise ValueError(f"prefetch={cfg.prefetch}: must be one of false, true, auto")
     mode: Mode = cfg.serve.engine
+    if mode not in ENGINES:
+        raise ValueError(f"serve.engine={mode}: must be one of {', '.join(ENGINES)}")
     if is_lossy(cfg, device):
         if mode == "auto":
             log.info("serve.engine=auto: one after the other, so that each has its own residents")
@@ -204,6 +208,14 @@ def is_lossy(cfg: DictConfig, device: torch.device) -> bool:
         (
             cfg.serve.engine == "batched" and bool(cfg.artifact),
             "serve.engine=batched and an artifact: it would learn from requests that run alone",
+        ),
+        (
+            bool(cfg.artifact) and cfg.serve.artifact_reload_s > 0,
+            "serve.artifact_reload_s: its artifact is read once; give 0",
+        ),
+        (
+            cfg.serve.scheduler == OVERLAP,
+            f"serve.scheduler={OVERLAP}: nothing is forecast for who waits",
         ),
     ):
         if is_wrong:

@@ -138,6 +138,11 @@ def attach(
     source = source_for(prefetch, policy, predictor, spec, target)
     if split is not None:
         check_split(split, device=target, slots=slots)
+        if source is not None and cpu_lane:
+            raise ValueError(
+                f"split with prefetch={prefetch!r} and cpu_lane={cpu_lane!r}: processor cores "
+                "would compute what has been fetched; leave one of them out"
+            )
     generates = getattr(model, "generation_config", None) is not None
     if target.type == "cpu":
         if compile_layers:
@@ -205,6 +210,10 @@ def attach(
         )
         prefetcher = experts.prefetcher
         fetches = prefetcher or experts.speculative
+        if source is not None and fetches is None:
+            logger.warning(
+                "Nothing is prefetched: every expert has a slot, or none could be page-locked"
+            )
     offload = Offload(
         layers=layers,
         spec=spec,

@@ -138,6 +138,8 @@ class GpuExperts:
             ValueError: The split does not fit the model, or the memory.
         """
         self.before_pass()  # what a broken pass still copies goes where it was meant to
+        if self._store.device.type == "cuda":  # also what streams beside this one copy
+            torch.cuda.synchronize(self._store.device)
         self._use(self.divider.replace(self._division, split))
         self.num_divisions += 1
 
@@ -220,13 +222,15 @@ class GpuExperts:
 
         A prefetch that is being decided on reads there: what follows on the stream waits for it.
         """
-        if self.prefetcher is not None:
-            self.prefetcher.join_decision()
+        if (fetches := self.prefetcher or self.speculative) is not None:
+            fetches.join_decision()
         return self.later_use_LE if layer is None else self.later_use_LE[layer]
 
     def before_pass(self) -> None:
         """A forward pass is at hand; the one before might have been broken off."""
         self._has_begun = False
+        if (fetches := self.prefetcher or self.speculative) is not None:
+            fetches.drop_broken()
         if self.lane is not None:
             self.lane.begin_pass()
 
@@ -238,6 +242,8 @@ class GpuExperts:
         """
         fetches = self.prefetcher or self.speculative
         if fetches is not None and self._is_decode(num_tokens):
+            if not self._is_capturing():
+                fetches.drop_broken()  # a capture that failed has no other end
             self._advance()
             self._has_begun = True
             now = Now(-1, num_tokens)
@@ -257,8 +263,8 @@ class GpuExperts:
         num_tokens, prefetcher = len(hidden_TD), self.prefetcher
         if layer == 0 and self.lane is not None:  # who calls no model has had no hook to do it
             self.lane.begin_pass()
-        if prefetcher is not None:
-            prefetcher.join_decision()
+        if (fetches := prefetcher or self.speculative) is not None:
+            fetches.join_decision()
         if not self._is_decode(num_tokens):
             if prefetcher is not None:
                 prefetcher.join_copies(layer, None)
@@ -279,8 +285,7 @@ class GpuExperts:
         except BaseException:
             # The books tell of experts that were never put into their slots. (Within a capture they
             # tell nothing: nothing has been computed.)
-            is_cuda = hidden_TD.device.type == "cuda"
-            if not (is_cuda and torch.cuda.is_current_stream_capturing()):
+            if not self._is_capturing():
                 self.reset()
             raise
 
@@ -325,6 +330,10 @@ class GpuExperts:
             fetches.fetch_after(now)
         return output_TD
 
+    def _is_capturing(self) -> bool:
+        is_cuda = self._store.device.type == "cuda"
+        return is_cuda and torch.cuda.is_current_stream_capturing()
+
     def use_policy(self, policy: Policy) -> Policy:
         """As `Backend.use_policy`; graphs that were captured before keep by the old one."""
         before = self.cache.policy
@@ -333,8 +342,8 @@ class GpuExperts:
 
     def reset(self) -> None:
         """As `Backend.reset`."""
-        if self.prefetcher is not None:
-            self.prefetcher.join_decision()
+        if (fetches := self.prefetcher or self.speculative) is not None:
+            fetches.join_decision()
         self.cache.reset()
         self._prefill.forget()
         if self.prefetcher is not None:  # which judges by differences of what is counted
@@ -385,6 +394,11 @@ class GpuExperts:
             self.lane.close()
         for hook in self._hooks:
             hook.remove()
+        if self._store.device.type == "cuda":
+            try:  # what a broken pass still copies reads memory that is about to go
+                torch.cuda.synchronize(self._store.device)
+            except RuntimeError as error:
+                logger.warning("What was under way has ended with the device: %s", error)
         del self._prefill, self.cache, self._workspace, self.prefetcher, self.speculative
         del self._division, self.divider
         try:

@@ -124,6 +124,11 @@ class Offload:
         """Whether forecasts are right for several sequences in a pass: on a CPU, or without any."""
         return self._predictor is None or isinstance(self._predictor.observer, Observer)
 
+    @property
+    def is_lossy(self) -> bool:
+        """Whether answers are not the model's own: the mode is "resident_only"."""
+        return self._restricted is not None
+
     def announce(self, rows: Sequence[PassRow]) -> None:
         """Say whose tokens the next pass computes; otherwise those of the rows of its input."""
         if self._residents is not None:
@@ -341,18 +346,23 @@ class Offload:
     def _observe(self, model: nn.Module, layers: Sequence[MoELayer], predictor: Predictor) -> None:
         self._model, self._layers = model, layers
 
-        next_use_LE = None
-        if self._prefetch_by is not None:
-            self._prefetch_by.follow(predictor)
-            next_use_LE = self._prefetch_by.next_LE
-        self._predictor = ServedPredictor(
+        source = self._prefetch_by
+        served = ServedPredictor(
             model=model,
             layers=layers,
             backend=self._backend,
             predictor=predictor,
             on_change=self._capture_anew,
-            next_use_LE=next_use_LE,
+            next_use_LE=None if source is None else source.next_LE,
+            silence=None if source is None else source.silence,
         )
+        if source is not None:
+            try:  # last: captured steps read what the one before has learned, by its addresses
+                source.follow(predictor)
+            except BaseException:
+                served.remove()
+                raise
+        self._predictor = served
 
     @torch.no_grad()
     def _experts_forward(

@@ -194,7 +194,8 @@ def _one_by_one(
 
 def _answer_length(full: Full, ends: Collection[int]) -> int:
     """Tokens until the answer ends by itself, the end included; all of them if it does not."""
-    answer = full.ids_T[full.start :].tolist()
+    # What the model would have said: in the answer itself, ends were not allowed.
+    answer = full.logprobs_TV[full.start - 1 :].argmax(dim=-1).tolist()
     return next((n for n, token_id in enumerate(answer, start=1) if token_id in ends), len(answer))
 
 

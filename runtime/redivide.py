@@ -84,6 +84,11 @@ class Redivider:
     def __init__(self, backend: "GpuExperts", options: MeasuredSplit, model: nn.Module) -> None:
         if not len(backend.divider.staging_SP):
             raise ValueError("split: every expert has a slot that holds all of it; leave it out")
+        if not backend.divider.store.is_pinned:
+            raise ValueError(
+                "split: experts could not be page-locked, so that nothing can be measured; raise "
+                "the limit of locked memory (ulimit -l), or give a SlotSplit"
+            )
         self._backend, self._options = backend, options
         self.times = _measured_times(backend, model)
         self.num_failed = 0

@@ -25,6 +25,7 @@ and the best C of a layer are resident. Where the paper leaves something open, a
 Shape letters: G tasks · L MoE layers · E experts per layer · C slots.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -36,6 +37,8 @@ from predictors.request_history import RequestHistory
 from predictors.task_profile import TaskProfile
 from runtime.attach_checks import check_spec
 from runtime.resident_routing import most_wanted
+
+logger = logging.getLogger(__name__)
 
 
 class Queued(NamedTuple):
@@ -192,7 +195,12 @@ class ResidentPlanner:
         rows = self.profile.use_GLE.clone()
         for task, (view, history) in enumerate(zip(self._views, self._histories, strict=True)):
             if history.num_finished:
-                forecast = view.on_request(view.new_state(), Request())
+                try:
+                    forecast = view.on_request(view.new_state(), Request())
+                except Exception:  # whatever it is: requests are answered without it, too
+                    logger.warning("The predictor failed; the profile decides", exc_info=True)
+                    self._views = []
+                    return self.profile.use_GLE
                 assert forecast is not None, "who reads finished requests speaks of the next one"
                 rows[task] = forecast.next_LE
         return rows

@@ -32,6 +32,8 @@ class ServedPredictor:
         predictor: Fitted for it, and bound to it.
         on_change: Called where captured steps are out of date, also from within one.
         next_use_LE: As `make_observer` has it.
+        silence: Called where the predictor has failed, before ``on_change``: who prefetches by it
+            shall not go on.
 
     Attributes:
         observer: How it watches.
@@ -46,9 +48,9 @@ class ServedPredictor:
         predictor: Predictor,
         on_change: Callable[[], None],
         next_use_LE: Tensor | None = None,
+        silence: Callable[[], None] | None = None,
     ) -> None:
-        self._backend, self._on_change = backend, on_change
-        self._next_use_LE = next_use_LE
+        self._backend, self._on_change, self._silence = backend, on_change, silence
         self._policy: Policy | None = None  # that the fallback stands in for
         self._counts = ForecastCounts(predictor.kind)
         self.observer = make_observer(
@@ -117,8 +119,8 @@ class ServedPredictor:
             FALLBACK_POLICY,
             exc_info=error,
         )
-        if self._next_use_LE is not None:
-            self._next_use_LE.zero_()  # what nobody expects is not prefetched
+        if self._silence is not None:
+            self._silence()
         before = self._backend.use_policy(make_policy(FALLBACK_POLICY))
         self._policy = self._policy or before  # views of one predictor may fail one after the other
         self._on_change()

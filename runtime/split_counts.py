@@ -62,7 +62,8 @@ class SplitCounts:
             return
         rank_LE = torch.empty_like(order_LR).scatter_(1, order_LR, self._ranks_LE)
         order_LY = self.said_LE.argsort(dim=-1, descending=True, stable=True)
-        self._right_LY.add_(needed_LE.gather(1, order_LY))
+        comes_LY = self.said_LE.gather(1, order_LY) > 0  # nobody fetches what is not expected
+        self._right_LY.add_(needed_LE.gather(1, order_LY) & comes_LY)
         at_LY1 = rank_LE.gather(1, order_LY)[..., None]  # each place has a row of its own
         self._rank_LYR.scatter_add_(2, at_LY1, torch.ones_like(at_LY1))
 

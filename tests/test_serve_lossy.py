@@ -203,7 +203,7 @@ def test_an_engine_that_is_none_is_no_other(
     tmp_path: Path, profile: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "serve", lambda *_, **__: None)
-    with pytest.raises(ValueError, match="mode='grouped': must be one of"):
+    with pytest.raises(ValueError, match="serve.engine=grouped: must be one of"):
         serve.run(lossy(tmp_path, profile, "serve.engine=grouped"))
 
 

@@ -11,6 +11,7 @@ from data.sources.hub import Hub
 from data.sources.jsonl import Jsonl
 from data.sources.shared_prompts import SharedPrompts
 from data.sources.stdlib import Stdlib
+from data.sources.task_prompts import TaskPrompts
 from data.sources.trace import TraceFile
 
 SOURCES: Mapping[str, type[PromptSource] | type[TraceFile]] = {
@@ -18,7 +19,17 @@ SOURCES: Mapping[str, type[PromptSource] | type[TraceFile]] = {
     "jsonl": Jsonl,
     "hub": Hub,
     "shared_prompts": SharedPrompts,
+    "task_prompts": TaskPrompts,
     "trace": TraceFile,
 }
 
-__all__ = ["SOURCES", "Hub", "Jsonl", "PromptSource", "SharedPrompts", "Stdlib", "TraceFile"]
+__all__ = [
+    "SOURCES",
+    "Hub",
+    "Jsonl",
+    "PromptSource",
+    "SharedPrompts",
+    "Stdlib",
+    "TaskPrompts",
+    "TraceFile",
+]

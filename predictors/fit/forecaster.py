@@ -33,6 +33,7 @@ from predictors.token_history import (
 
 logger = logging.getLogger(__name__)
 
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # Lightning's names
 _NEVER = 30_000  # tokens until a use that does not come; every discount makes it 0
 
 
@@ -193,10 +194,10 @@ class ForecasterModule(lightning.LightningModule):  # type: ignore[misc,unused-i
         self.examples = Examples(*(tensor.to(self.device) for tensor in self.examples))
         loss: Any = Loss(self.net, self.examples, self.discounts)
         if self.device.type == "cuda" and self.trainer.world_size == 1:
-            bf16 = self.trainer.precision == "bf16-mixed"
+            dtype = _MIXED.get(self.trainer.precision)
             # Casts that autocast remembers would belong to the warm-up, not to the graph.
-            with torch.autocast("cuda", torch.bfloat16, enabled=bf16, cache_enabled=False):
-                rows_B = self.examples.examples_M[: self.batch_size]
+            with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+                rows_B = self.examples.examples_M[: self.batch_size].clone()  # is written to
                 loss = torch.cuda.make_graphed_callables(loss, (rows_B,))
         self._loss = [loss]  # in a list: its parameters are the network's, registered once
 

@@ -93,6 +93,7 @@ def fit_next_layers(
             for rows_B in order_N.tensor_split(num_batches):
                 _step(optimizer, loss_of(told, rows_B))
                 schedule.step()
+        way_LXDE.requires_grad_(False)  # what is left is calibrated over it as it is
         optimizer = torch.optim.Adam(ours, lr=_LEARNING_RATE)
         for _ in range(_CALIBRATION_STEPS):
             rows_B = torch.randint(len(judged.use_NLE), (2 * _BATCH,), generator=generator)

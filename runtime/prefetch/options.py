@@ -8,6 +8,10 @@ from typing import Literal
 
 from runtime.device_cache import CHUNK_NEURONS
 
+SIDE_PRIORITY = -1
+"""Of the stream beside the main one, by CUDA's numbers: else what is small waits until all programs
+of the experts have begun."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrefetchOptions:

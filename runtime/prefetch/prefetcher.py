@@ -31,7 +31,7 @@ from runtime.kernels.copy import copy_records
 from runtime.link import seconds_of
 from runtime.pinned_store import PinnedStore
 from runtime.prefetch.landing import Landing
-from runtime.prefetch.options import PrefetchOptions
+from runtime.prefetch.options import SIDE_PRIORITY, PrefetchOptions
 from runtime.prefetch.review import Review
 from runtime.prefetch.sources import Now, Source
 
@@ -39,7 +39,6 @@ _WARPS_BESIDE_EXPERTS = 4
 """Of a copying program. One token's experts take 240 of an SM's 256 registers a thread, with 256
 threads (Triton 3.7, sm_90): then 4 warps of 32 registers find room beside them, and 8 would take an
 SM from them until the copy is done."""
-_FIRST = -1  # of CUDA's priorities: else what is small waits until the experts' programs have begun
 
 
 class Prefetcher:
@@ -84,7 +83,7 @@ class Prefetcher:
         if device.type == "cuda":
             from runtime.kernels.clock import new_clock  # Triton's interpreter has no clock
 
-            self._side = torch.cuda.Stream(device, priority=_FIRST)  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream(device, priority=SIDE_PRIORITY)  # type: ignore[no-untyped-call]
             if num_layers > 1:
                 self._clock_X = new_clock(device)
         self.review = Review(
@@ -154,8 +153,14 @@ class Prefetcher:
 
     def join_decision(self) -> None:
         """Let the current stream wait until the books are written, and read."""
-        self._join(self._decided)
-        self._decided = None
+        decided, self._decided = self._decided, None
+        self._join(decided)
+
+    def drop_broken(self) -> None:
+        """A pass was broken off: what it began is waited for, and is nobody's."""
+        if self._copied is not None or self._decided is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._decided = self._copied = self._rest = self._held = None
 
     def join_copies(self, layer: int, active: Active | None) -> None:
         """Let the current stream wait until the copies are done; ``layer`` computes next.
@@ -166,12 +171,13 @@ class Prefetcher:
         """
         if self._copied is not None:
             self._stamp("ARRIVED", layer - 1)
-        self._join(self._copied)
+        copied, self._copied = self._copied, None
+        self._join(copied)
         if self._landing is not None and active is not None and layer > self._latest:
             self._landing.claim(layer, active)
         if layer + 1 == len(self._cache.memory):
             self._latest = layer + 1
-        self._copied = self._held = None
+        self._held = None
 
     def _layers_after(self, layer: int) -> range:
         """Those that may be fetched for once the layer's event is decided."""

@@ -72,11 +72,13 @@ class TokenForecast:
         next_LE: As given.
         next_layers: A copy of what the predictor has learned of that (`follow`), or None. It keeps
             what a pass's layers have said, so that it is for one source.
+        is_silent: Whether it says nothing (`silence`).
     """
 
     def __init__(self, next_LE: Tensor, *, known_from: int = -1) -> None:
         self.next_LE, self._known_from = next_LE, known_from
         self.next_layers: NextLayers | None = None
+        self.is_silent = False
 
     def follow(self, predictor: Predictor) -> None:
         """Go by what ``predictor`` has learned of next layers; its forecasts are written by others.
@@ -91,10 +93,18 @@ class TokenForecast:
                 predictor.kind,
             )
         self.next_layers = None if learned is None else learned.to(self.next_LE.device)
+        self.is_silent = False
+
+    def silence(self) -> None:
+        """Say nothing more until `follow`; captured steps are out of date after that.
+
+        What was learned stays where it is: a step at hand may still be replayed once.
+        """
+        self.is_silent = True
 
     def next_HE(self, layers: range, now: Now) -> Tensor | None:
         """As `Source.next_HE`, for every layer."""
-        if now.layer < self._known_from:
+        if self.is_silent or now.layer < self._known_from:
             return None
         ids_TK = now.topk_expert_ids_TK
         if self.next_layers is not None and ids_TK is not None:

@@ -11,11 +11,13 @@ joins it again within a pass, which is what a CUDA graph asks for; on a CPU all 
 Source: MoEpic §3.2. Deviations:
 
 - The paper stops prefetching between two experts when the router speaks. A captured copy cannot be
-  stopped, so what is begun is what fits into the window, as it was measured; the last piece may be
+  stopped, so what is begun is what fits into a window of a set length; the last piece may be
   a part of what is missing of an expert, in chunks of 64 neurons.
 - What came true of an absent expert goes to its slot in passing, while it is computed with.
 - The paper loads into the same buffer what is missed; here that is read over the link in place.
-- The buffer holds K experts, as in the paper; no piece is begun that would not fit.
+- The buffer holds `PrefetchOptions.landing_records` experts, where the paper has K; no piece is
+  begun that would not fit.
+- The window is `PrefetchOptions.window_s` for all layers, and nobody sees whether it pays.
 
 Shape letters: L MoE layers · E experts per layer · N pieces · P elements of a record.
 """
@@ -31,7 +33,7 @@ from runtime.gpu_lane import link_record_s
 from runtime.kernels.copy import copy_records
 from runtime.kernels.speculate import choose, settle
 from runtime.pinned_store import PinnedStore
-from runtime.prefetch.options import PrefetchOptions, allowance_neurons
+from runtime.prefetch.options import SIDE_PRIORITY, PrefetchOptions, allowance_neurons
 from runtime.prefetch.sources import Now, Source
 
 
@@ -83,10 +85,11 @@ class SpeculativePrefetcher:
         self._portion_E = zeros(num_experts, torch.int32)
         self._copies = Copies(*(zeros(pieces, torch.int64) for _ in range(3)))
         self._landed_for = -1  # the layer that the buffer is for
+        self._decided: Any = None
         self._copied: Any = None
         self._side: Any = None
         if device.type == "cuda":
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._side = torch.cuda.Stream(device, priority=SIDE_PRIORITY)  # type: ignore[no-untyped-call]
         # What the side stream reads of the main one's memory, which would use it again otherwise.
         self._held: tuple[Now, Tensor | None] | None = None
 
@@ -128,17 +131,33 @@ class SpeculativePrefetcher:
             num_bytes_N=self._copies.num_bytes_N,
             counters_X=self._cache.counters_LX[layer],
         )
+        if self._side is not None:
+            self._decided = self._side.record_event()
         copy_records(*self._copies, programs_per_record=self._options.programs_per_record)
         if self._said_LE is not None:
             self._said_LE[layer].copy_(next_E)
         self._landed_for = layer
 
+    def join_decision(self) -> None:
+        """Let the current stream wait until the books, which it will write, have been read."""
+        decided, self._decided = self._decided, None
+        if decided is not None:
+            torch.cuda.current_stream(self._side.device).wait_event(decided)
+
+    def drop_broken(self) -> None:
+        """A pass was broken off: what it began is waited for, and is nobody's."""
+        if self._copied is not None or self._decided is not None:
+            torch.cuda.current_stream(self._side.device).wait_stream(self._side)
+        self._decided = self._copied = self._held = None
+        self._landed_for = -1
+
     def join(self, layer: int) -> Landed | None:
         """What has landed for a layer whose event the books know; the stream waits for copies."""
-        if self._copied is not None:
-            torch.cuda.current_stream(self._side.device).wait_event(self._copied)
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            torch.cuda.current_stream(self._side.device).wait_event(copied)
         is_for, self._landed_for = self._landed_for, -1
-        self._copied = self._held = None
+        self._held = None
         if is_for != layer:
             return None
         settle(

@@ -136,6 +136,11 @@ class BatchedPath:
         num_tokens: int = self._settings["max_batch_tokens"]
         return num_tokens
 
+    @property
+    def is_built(self) -> bool:
+        """Whether it can run; not after a `reset` that failed."""
+        return self._processor is not None
+
     def reset(self) -> None:
         """Forget all sequences and build everything anew, as after an error within a step."""
         self._decodings.clear()

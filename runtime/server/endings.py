@@ -48,8 +48,10 @@ class Endings:
 
     def fail(self, decoding: Decoding, error: Exception, outcome: Outcome) -> None:
         """It ends with an error, which whoever waits for it is told."""
-        decoding.generation.sink(Failure(decoding.generation.index, error))
-        self.end(decoding, outcome)
+        try:
+            self.end(decoding, outcome)
+        finally:
+            decoding.generation.sink(Failure(decoding.generation.index, error))
 
     def end(self, decoding: Decoding, outcome: Outcome) -> None:
         """It ends, and nobody waits for it or is told elsewhere."""

@@ -299,6 +299,9 @@ class GenerationEngine:
         try:
             with torch.inference_mode():
                 self._run_until_told()
+        except BaseException as error:
+            self._failure = error
+            logger.critical("The engine's thread ends", exc_info=error)
         finally:
             # Reached in the middle only by what cannot be handled; nobody may wait for ever.
             self._move("failed", among=("loading", "ready", "draining"))

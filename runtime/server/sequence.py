@@ -54,6 +54,11 @@ class ExpertOffload(Protocol):
         ...
 
     @property
+    def is_lossy(self) -> bool:
+        """Whether answers are not the model's own."""
+        ...
+
+    @property
     def captures_steps(self) -> bool:
         """Whether `captured_cache` gives any."""
         ...
@@ -75,7 +80,7 @@ class ExpertOffload(Protocol):
         ...
 
     def stats(self) -> OffloadStats:
-        """The counters; safe to call from any thread."""
+        """The counters; between two steps, on the thread that runs them."""
         ...
 
     def view(self, *, goes_on: bool = True) -> ExpertView:

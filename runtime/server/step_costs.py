@@ -116,6 +116,8 @@ def time_steps(
     timed = []
     for size in sizes:
         decodings = [begin(_DECODE_PROMPT) for _ in range(size)]
+        for _ in range(size * _DECODE_PROMPT // batch.step_tokens):
+            batch.step()  # until all are read but for what the warm-up reads
         timed.append(_median([_step(batch, num_read=0) for _ in range(num_steps)]))
         for decoding in decodings:
             end(decoding)

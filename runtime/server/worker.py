@@ -119,7 +119,7 @@ class Worker:
         self._tap = RoutingTap(model, is_wanted=self._wants_routing)
         self._keys = (str(number) for number in itertools.count())
         # Lossy, the beginning of a prompt may have been computed with other residents.
-        self._is_lossy = offload is not None and offload.stats().mode != "lossless"
+        self._is_lossy = offload is not None and offload.is_lossy
         self._single = SinglePath(
             model, announce=self._announce, captured_cache=self._captured_cache
         )
@@ -189,8 +189,8 @@ class Worker:
     def step(self) -> bool:
         """Run what can run for one token each; whether anything was computed."""
         self._drop_cancelled()
-        if self._tap.is_on and not self.records:
-            self._tap.begin_anew()  # only if somebody still asks
+        if self._tap.is_on and not self._wants_routing():
+            self._tap.close()  # nobody asks any more
         self._place()
         has_run = self._step_batch()
         return self._step_single() or has_run
@@ -206,7 +206,7 @@ class Worker:
         self._failed.clear()
         for decoding in running:
             self._endings.fail(decoding, error, outcome)
-        if self._batch is not None and running:
+        if self._batch is not None and (running or not self._batch.is_built):
             self._batch.reset()
 
     def close(self) -> None:

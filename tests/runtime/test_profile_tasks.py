@@ -72,6 +72,8 @@ def test_an_answer_is_as_long_as_the_model_makes_it() -> None:
     second = int(answer[1])
     assert int(answer[0]) != second
     assert profile(model, ends=[second]).answer_tokens_G[1] == 2.0
+    model.generation_config.eos_token_id = second  # which keeps it from ending as it would
+    assert profile(model, ends=[second]).answer_tokens_G[1] == 2.0
 
 
 def test_who_tolerates_least_is_who_undecided_prompts_belong_to() -> None:

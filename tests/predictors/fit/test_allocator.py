@@ -29,6 +29,12 @@ def test_inside_a_second_tensor_needs_no_new_pages_and_outside_it_does() -> None
 
 @_glibc
 def test_an_exception_ends_it_too() -> None:
-    with pytest.raises(KeyError), freed_memory_kept():
-        raise KeyError
+    def fail() -> None:
+        with freed_memory_kept():
+            _faults(20)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    _faults(2)
     assert _faults(10) > 10

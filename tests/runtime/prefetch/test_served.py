@@ -149,5 +149,10 @@ def test_a_served_model_prefetches_by_its_predictor_and_says_the_same() -> None:
         assert source.next_layers is not None
         offload.swap_predictor(habit_for(model, AnythingNext))
         assert source.next_layers is None, "the new one has learned nothing of next layers"
+        before = offload.stats().prefetched_bytes
+        assert generate() == stock
+        assert offload.stats().prefetched_bytes > before
+        before = offload.stats().prefetched_bytes
         offload._predictor._go_without(ZeroDivisionError())
-        assert not source.next_LE.any(), "what nobody expects is not prefetched"
+        assert generate() == stock
+        assert offload.stats().prefetched_bytes == before, "nobody expects anything any more"

@@ -90,6 +90,7 @@ class FakeOffload:
     slots = (3, 2)
     follows_batches = True
     captures_steps = False
+    is_lossy = False
 
     def __init__(self) -> None:
         self.rows: list[PassRow] = []
