@@ -93,14 +93,15 @@ class SplitStatistics:
             layer: The layer.
             priority_E: Of the cache policy, before the token; the higher, the rather kept.
             used_E: What the token uses.
-            said_E: What was predicted of it; the higher, the sooner it is prefetched.
+            said_E: What was predicted of it; the higher, the sooner it is prefetched. What has 0 or
+                less does not come (`runtime.kernels.speculate`).
         """
         order_R = np.argsort(-priority_E, kind="stable")
         rank_E = np.empty_like(order_R)
         rank_E[order_R] = np.arange(len(order_R))
         order_Y = np.argsort(-said_E, kind="stable")
         self._used_LR[layer] += used_E[order_R]
-        self._right_LY[layer] += used_E[order_Y]
+        self._right_LY[layer] += (used_E & (said_E > 0))[order_Y]
         self._rank_LYR[layer, np.arange(len(order_Y)), rank_E[order_Y]] += 1
         self._tokens_L[layer] += 1
 

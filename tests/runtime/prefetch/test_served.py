@@ -149,6 +149,8 @@ def test_a_served_model_prefetches_by_its_predictor_and_says_the_same() -> None:
         assert source.next_layers is not None
         offload.swap_predictor(habit_for(model, AnythingNext))
         assert source.next_layers is None, "the new one has learned nothing of next layers"
+        backend.prefetcher.review.is_off = False
+        backend.prefetcher.review.on_change()
         before = offload.stats().prefetched_bytes
         assert generate() == stock
         assert offload.stats().prefetched_bytes > before
