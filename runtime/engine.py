@@ -208,8 +208,7 @@ def attach(
             prefetch=None if split is None else PrefetchOptions(into="beside"),
             count_routing=isinstance(split, MeasuredSplit),
         )
-        prefetcher = experts.prefetcher
-        fetches = prefetcher or experts.speculative
+        prefetcher, fetches = experts.prefetcher, experts.fetches
         if source is not None and fetches is None:
             logger.warning(
                 "Nothing is prefetched: every expert has a slot, or none could be page-locked"

@@ -69,6 +69,7 @@ class GpuExperts:
         prefetcher: Where something is prefetched: there is somebody to say what, something is not
             resident, and the device can read it at home.
         speculative: It instead, where that goes ``beside`` the slots.
+        fetches: Whichever of both there is.
 
     Raises:
         ValueError: The kernels cannot compute these experts, or slots cannot be so.
@@ -125,6 +126,7 @@ class GpuExperts:
     def _use(self, division: Division) -> None:
         self._division, self.cache = division, division.cache
         self.prefetcher, self.speculative = division.prefetcher, division.speculative
+        self.fetches = division.prefetcher or division.speculative
         self._prefill, self.later_use_LE = division.prefill, division.later_use_LE
         self._has_begun = False
 
@@ -189,9 +191,9 @@ class GpuExperts:
             store.close()
             raise
         backend._model, backend._home = model, home
-        fetches = backend.prefetcher or backend.speculative
-        if backend.lane is not None or fetches is not None:
-            backend._hooks = watch_passes(model, backend, from_embedding=fetches is not None)
+        fetches = backend.fetches is not None
+        if backend.lane is not None or fetches:
+            backend._hooks = watch_passes(model, backend, from_embedding=fetches)
         return backend
 
     @property
@@ -222,15 +224,15 @@ class GpuExperts:
 
         A prefetch that is being decided on reads there: what follows on the stream waits for it.
         """
-        if (fetches := self.prefetcher or self.speculative) is not None:
-            fetches.join_decision()
+        if self.fetches is not None:
+            self.fetches.join_decision()
         return self.later_use_LE if layer is None else self.later_use_LE[layer]
 
     def before_pass(self) -> None:
         """A forward pass is at hand; the one before might have been broken off."""
         self._has_begun = False
-        if (fetches := self.prefetcher or self.speculative) is not None:
-            fetches.drop_broken()
+        if self.fetches is not None:
+            self.fetches.drop_broken()
         if self.lane is not None:
             self.lane.begin_pass()
 
@@ -240,16 +242,15 @@ class GpuExperts:
         Optional: without it, prefetching begins behind layer 0. To be called inside a captured
         step.
         """
-        fetches = self.prefetcher or self.speculative
-        if fetches is not None and self._is_decode(num_tokens):
+        if self.fetches is not None and self._is_decode(num_tokens):
             if not self._is_capturing():
-                fetches.drop_broken()  # a capture that failed has no other end
+                self.fetches.drop_broken()  # a capture that failed has no other end
             self._advance()
             self._has_begun = True
             now = Now(-1, num_tokens)
             if self.prefetcher is not None:
                 self.prefetcher.fetch_beside(now, None)
-            fetches.fetch_after(now)
+            self.fetches.fetch_after(now)
 
     def after_pass(self) -> None:
         """A forward pass has been given to the device; to be called outside a captured step."""
@@ -263,8 +264,8 @@ class GpuExperts:
         num_tokens, prefetcher = len(hidden_TD), self.prefetcher
         if layer == 0 and self.lane is not None:  # who calls no model has had no hook to do it
             self.lane.begin_pass()
-        if (fetches := prefetcher or self.speculative) is not None:
-            fetches.join_decision()
+        if self.fetches is not None:
+            self.fetches.join_decision()
         if not self._is_decode(num_tokens):
             if prefetcher is not None:
                 prefetcher.join_copies(layer, None)
@@ -326,8 +327,8 @@ class GpuExperts:
         counts = self.divider.counts
         if counts is not None and num_tokens == 1 and layer == self._spec.num_layers - 1:
             counts.add(self.cache.keep_LE, self.cache.needed_LE)
-        if (fetches := prefetcher or self.speculative) is not None:
-            fetches.fetch_after(now)
+        if self.fetches is not None:
+            self.fetches.fetch_after(now)
         return output_TD
 
     def _is_capturing(self) -> bool:
@@ -342,8 +343,8 @@ class GpuExperts:
 
     def reset(self) -> None:
         """As `Backend.reset`."""
-        if (fetches := self.prefetcher or self.speculative) is not None:
-            fetches.join_decision()
+        if self.fetches is not None:
+            self.fetches.join_decision()
         self.cache.reset()
         self._prefill.forget()
         if self.prefetcher is not None:  # which judges by differences of what is counted
@@ -399,8 +400,8 @@ class GpuExperts:
                 torch.cuda.synchronize(self._store.device)
             except RuntimeError as error:
                 logger.warning("What was under way has ended with the device: %s", error)
-        del self._prefill, self.cache, self._workspace, self.prefetcher, self.speculative
-        del self._division, self.divider
+        del self._prefill, self.cache, self._workspace, self._division, self.divider
+        del self.prefetcher, self.speculative, self.fetches
         try:
             for moe in self._layers:
                 self._store.give_back(moe, self._home)

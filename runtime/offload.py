@@ -236,8 +236,7 @@ class Offload:
         check_spec(predictor, self.spec)
         predictor.bind(self._model)
         self._observe(self._model, self._layers, predictor)
-        if self._graph is not None:
-            self._graph.forget()  # before its steps' memory goes with the old one
+        self._capture_anew()  # before the steps' memory goes with the old one
         before.remove()
         self._leaving = [one for one in (*self._leaving, before) if not one.join(0.0)]
 
