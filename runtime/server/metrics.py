@@ -6,7 +6,7 @@ what it and the expert cache count themselves is read at each scrape (the cache'
 `runtime.server.expert_counts`), so that nothing is counted twice.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -265,14 +265,12 @@ class ExpertCollector(Collector):
                 ("layers_kept", "Layers that it has left as they were.", stats.layers_kept),
             ):
                 yield self._counter(name, text, value)
-            tasks = CounterMetricFamily(
-                "moecast_expert_requests",
+            yield self._counter_by(
+                "task",
+                "requests",
                 "Requests by the task that was read from their prompts.",
-                labels=("model_name", "task"),
+                stats.requests_of_task,
             )
-            for task, count in stats.requests_of_task.items():
-                tasks.add_metric([self._model_name, task], count)
-            yield tasks
         if stats.predictor is not None:
             yield self._counter(
                 "forecasts_used", "Passes that had a forecast to go by.", stats.forecasts_used
@@ -366,14 +364,12 @@ class ExpertCollector(Collector):
             "Layers where prefetching has lost, and is off.",
             stats.prefetch_layers_off,
         )
-        eager = CounterMetricFamily(
-            "moecast_expert_eager_calls",
+        yield self._counter_by(
+            "reason",
+            "eager_calls",
             "Forward passes that replayed no graph, by what kept them from it.",
-            labels=("model_name", "reason"),
+            stats.eager_calls,
         )
-        for reason, count in stats.eager_calls.items():
-            eager.add_metric([self._model_name, reason], count)
-        yield eager
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         gauge = GaugeMetricFamily(f"moecast_expert_{name}", text, labels=("model_name",))
@@ -383,4 +379,13 @@ class ExpertCollector(Collector):
     def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
         counter = CounterMetricFamily(f"moecast_expert_{name}", text, labels=("model_name",))
         counter.add_metric([self._model_name], value)
+        return counter
+
+    def _counter_by(
+        self, label: str, name: str, text: str, counts: Mapping[str, int]
+    ) -> CounterMetricFamily:
+        labels = ("model_name", label)
+        counter = CounterMetricFamily(f"moecast_expert_{name}", text, labels=labels)
+        for value, count in counts.items():
+            counter.add_metric([self._model_name, value], count)
         return counter

@@ -8,7 +8,7 @@ objectives refuses them by name.
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import Header, Request
 
@@ -17,6 +17,10 @@ from runtime.server.sequence import GenerationRequest
 
 _NAMES = ("x-slo-ttft-ms", "x-slo-tpot-ms")
 _MAX_MS = 86_400_000.0  # a day: no request lives longer
+
+
+def _milliseconds(name: str, description: str) -> Any:
+    return Header(alias=name, gt=0, le=_MAX_MS, allow_inf_nan=False, description=description)
 
 
 class AskedObjectives(NamedTuple):
@@ -40,23 +44,13 @@ def reads_objectives(*, are_kept: bool) -> Callable[..., Awaitable[AskedObjectiv
     async def read(
         ttft_ms: Annotated[
             float | None,
-            Header(
-                alias=_NAMES[0],
-                gt=0,
-                le=_MAX_MS,
-                allow_inf_nan=False,
-                description="Objective for the first token, in milliseconds from arrival.",
+            _milliseconds(
+                _NAMES[0], "Objective for the first token, in milliseconds from arrival."
             ),
         ] = None,
         tpot_ms: Annotated[
             float | None,
-            Header(
-                alias=_NAMES[1],
-                gt=0,
-                le=_MAX_MS,
-                allow_inf_nan=False,
-                description="Objective for each later token, in milliseconds on average.",
-            ),
+            _milliseconds(_NAMES[1], "Objective for each later token, in milliseconds on average."),
         ] = None,
     ) -> AskedObjectives:
         return AskedObjectives(
