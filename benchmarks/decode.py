@@ -22,7 +22,7 @@ import gc
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,18 @@ from runtime.compiled_layers import CompiledLayers
 from runtime.prefetch.options import PrefetchOptions
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+
+
+def check_names(*, shape: str, dtype: str, shapes: Collection[str] = SHAPES) -> None:
+    """See that both are known.
+
+    Raises:
+        ValueError: One is not; says which there are.
+    """
+    if shape not in shapes:
+        raise ValueError(f"shape={shape}: must be one of {', '.join(shapes)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype}: must be one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +130,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.shape not in (*SHAPES, "live"):
-            raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}, live")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        check_names(shape=self.shape, dtype=self.dtype, shapes=(*SHAPES, "live"))
         if self.layers_ahead < 0:
             raise ValueError(f"layers_ahead={self.layers_ahead}: must not be negative")
         for name in ("repeats", "tokens", "batch"):

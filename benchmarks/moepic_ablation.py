@@ -36,7 +36,7 @@ import numpy as np
 import torch
 import triton
 
-from benchmarks.decode import DTYPES, fitted_forecaster, pick_device
+from benchmarks.decode import DTYPES, check_names, fitted_forecaster, pick_device
 from benchmarks.decode_report import summary, text_table
 from benchmarks.decode_rows import Row
 from benchmarks.decode_timer import Timer
@@ -98,10 +98,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        check_names(shape=self.shape, dtype=self.dtype)
         for name in ("repeats", "tokens", "counted"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, StaticCache
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from benchmarks.decode import DTYPES
+from benchmarks.decode import DTYPES, check_names
 from benchmarks.options import as_json, parse_options
 from benchmarks.record import record, spread
 from benchmarks.replay_shapes import SHAPES
@@ -80,10 +80,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape={self.shape}: must be one of {', '.join(SHAPES)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype}: must be one of {', '.join(DTYPES)}")
+        check_names(shape=self.shape, dtype=self.dtype)
         for name in ("repeats", "tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
